@@ -1,0 +1,166 @@
+"""Services as sockhop knows them: frozen, validated, no I/O.
+
+A :class:`Service` has frontends; each :class:`Frontend` carries the backends that may serve
+it, so that one value says everything about one address that clients dial. Sources build these
+objects, the agent compares them with what the kernel holds.
+"""
+
+import socket
+from collections.abc import Iterable
+from enum import StrEnum
+
+import msgspec
+
+__all__ = [
+    "Algorithm",
+    "Backend",
+    "BackendState",
+    "Desired",
+    "Frontend",
+    "FrontendType",
+    "Protocol",
+    "Service",
+    "is_loopback",
+    "pack_address",
+    "parse_address",
+    "unpack_address",
+]
+
+NAME_MAX = 127
+"""Longest service name in bytes: Kubernetes' `namespace/name`, 63 bytes each."""
+
+WEIGHT_MAX = 65535
+BACKENDS_MAX = 65535
+"""Most backends of one frontend; the service word has room for 24 bits."""
+
+_MAPPED = b"\0" * 10 + b"\xff\xff"
+
+
+class Protocol(StrEnum):
+    """Transport protocols that a frontend can have."""
+
+    TCP = "TCP"
+    UDP = "UDP"
+
+    @property
+    def number(self) -> int:
+        """IPPROTO_* number (RFC 790)."""
+        return socket.IPPROTO_TCP if self is Protocol.TCP else socket.IPPROTO_UDP
+
+
+class BackendState(StrEnum):
+    """Whether new connections may go to a backend."""
+
+    ACTIVE = "active"
+    TERMINATING = "terminating"
+    QUARANTINED = "quarantined"
+    MAINTENANCE = "maintenance"
+
+
+class FrontendType(StrEnum):
+    """Where a frontend's address comes from."""
+
+    VIP = "VIP"
+    CLUSTER_IP = "ClusterIP"
+    LOAD_BALANCER = "LoadBalancer"
+    EXTERNAL_IP = "ExternalIP"
+
+
+class Algorithm(StrEnum):
+    """How a backend is chosen for a new connection."""
+
+    RANDOM = "random"
+    ROUND_ROBIN = "round-robin"
+    MAGLEV = "maglev"
+    LEAST_CONNECTIONS = "least-connections"
+
+
+class Backend(msgspec.Struct, frozen=True, order=True, gc=False):
+    """An address and port where a server listens.
+
+    `address` is canonical text (see :func:`parse_address`), `port` 1–65535,
+    `weight` 0–65535 (0: no new connections).
+    """
+
+    address: str
+    port: int
+    state: BackendState = BackendState.ACTIVE
+    weight: int = 1
+
+
+class Frontend(msgspec.Struct, frozen=True, order=True):
+    """What clients dial, with the backends that may serve it.
+
+    Every backend's address fits the frontend: an IPv4 frontend has IPv4 backends only; an
+    IPv6 one has IPv6 backends, or, where there are none, IPv4 ones reached as mapped addresses.
+    """
+
+    address: str
+    port: int
+    protocol: Protocol
+    type: FrontendType = FrontendType.VIP
+    port_name: str = ""
+    backends: tuple[Backend, ...] = ()
+
+    @property
+    def key(self) -> tuple[str, int, Protocol]:
+        """What makes a frontend unique on a node."""
+        return self.address, self.port, self.protocol
+
+    def __str__(self) -> str:
+        host = f"[{self.address}]" if ":" in self.address else self.address
+        return f"{host}:{self.port}/{self.protocol.lower()}"
+
+
+class Service(msgspec.Struct, frozen=True):
+    """A name, its frontends and how a backend is chosen for a client.
+
+    `affinity_seconds`: how long a client address stays with its backend, 0 for not at all.
+    """
+
+    name: str
+    frontends: tuple[Frontend, ...] = ()
+    algorithm: Algorithm = Algorithm.RANDOM
+    affinity_seconds: int = 0
+
+
+class Desired(msgspec.Struct, frozen=True):
+    """All services that the sources ask for; frontends are unique across them."""
+
+    services: tuple[Service, ...] = ()
+
+    def frontends(self) -> Iterable[tuple[Service, Frontend]]:
+        """Each frontend with the service that owns it."""
+        for service in self.services:
+            for frontend in service.frontends:
+                yield service, frontend
+
+
+def parse_address(text: str) -> str:
+    """Return the canonical text of an IPv4 or IPv6 address; an IPv4-mapped one becomes IPv4.
+
+    Raises ValueError for anything else: names, zone ids, prefixes, short IPv4 forms.
+    """
+    try:
+        return unpack_address(pack_address(text))
+    except (OSError, ValueError):
+        raise ValueError(f"{text!r} is not an IPv4 or IPv6 address") from None
+
+
+def pack_address(address: str) -> bytes:
+    """Return the 16 bytes of *address*; IPv4 as ::ffff:a.b.c.d (RFC 4291, 2.5.5.2)."""
+    if ":" in address:
+        return socket.inet_pton(socket.AF_INET6, address)
+    return _MAPPED + socket.inet_pton(socket.AF_INET, address)
+
+
+def unpack_address(packed: bytes) -> str:
+    """Return the canonical text of 16 bytes made by :func:`pack_address`."""
+    if packed.startswith(_MAPPED):
+        return socket.inet_ntop(socket.AF_INET, packed[12:])
+    return socket.inet_ntop(socket.AF_INET6, packed)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether a canonical address is in 127.0.0.0/8 or ::1."""
+    return address.startswith("127.") or address == "::1"
