@@ -1,0 +1,98 @@
+"""Builds what setuptools alone cannot: the BPF objects, with clang. pyproject.toml has the rest.
+
+`bpf/X.bpf.c` becomes `sockhop/bpf/X.bpf.o`, in the wheel or, for an editable install, in `src/`.
+"""
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import Command, setup
+from setuptools.command.build import build
+from setuptools.errors import ExecError
+
+SOURCES = Path("bpf")
+TARGET_ARCHITECTURES = {"x86_64": "x86", "aarch64": "arm64"}
+"""What libbpf's bpf_tracing.h calls the machine, by `uname -m`."""
+DEBIAN_PACKAGES = {"clang": "clang", "llvm-strip": "llvm"}
+
+
+def find_tool(name: str) -> str:
+    """The path of a compiler tool, or an error that names Debian's package of it."""
+    path = shutil.which(name)
+    if path is None:
+        raise ExecError(
+            f"{name} is needed to compile sockhop's BPF programs and is not on PATH: "
+            f"apt-get install {DEBIAN_PACKAGES[name]} (script/setup does that), "
+            "or install a wheel made by script/wheel, which needs no compiler"
+        )
+    return path
+
+
+def compile_bpf(source: Path, target: Path) -> None:
+    """Compile one BPF object; strip DWARF but keep BTF, which libbpf needs."""
+    machine = platform.machine()
+    if machine not in TARGET_ARCHITECTURES:
+        raise ExecError(f"sockhop has no BPF build for {machine}, only for x86_64 and aarch64")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Under a name that is no package data, then renamed: whoever loads objects meanwhile sees
+    # the old one or the new one.
+    partial = target.with_suffix(".partial")
+    clang = [find_tool("clang"), "-O2", "-g", "-target", "bpf", "-mcpu=v3", "-Wall", "-Werror"]
+    define = f"-D__TARGET_ARCH_{TARGET_ARCHITECTURES[machine]}"
+    paths = [f"-I{SOURCES}", "-c", str(source), "-o", str(partial)]
+    for command in ([*clang, define, *paths], [find_tool("llvm-strip"), "-g", str(partial)]):
+        if subprocess.run(command, check=False).returncode != 0:
+            partial.unlink(missing_ok=True)
+            raise ExecError(f"{source}: this failed: {' '.join(command)}")
+    partial.replace(target)
+
+
+class BuildBpf(Command):
+    """A sub-command of `build`, in the protocol of setuptools.command.build.SubCommand."""
+
+    description = "compile the BPF programs"
+    user_options = [("build-lib=", "d", "directory to compile to")]
+
+    def initialize_options(self) -> None:
+        self.build_lib: str | None = None
+        self.editable_mode = False
+
+    def finalize_options(self) -> None:
+        self.set_undefined_options("build", ("build_lib", "build_lib"))
+
+    def run(self) -> None:
+        for source, target in self._targets().items():
+            compile_bpf(source, target)
+        for stale in set(self._directory().glob("*.bpf.o")) - set(self._targets().values()):
+            stale.unlink()
+
+    def get_source_files(self) -> list[str]:
+        return [str(path) for path in sorted(SOURCES.glob("*.[ch]"))]
+
+    def get_outputs(self) -> list[str]:
+        return [str(target) for target in self._targets().values()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+    def _directory(self) -> Path:
+        root = Path("src") if self.editable_mode else Path(self.build_lib or "build/lib")
+        return root / "sockhop" / "bpf"
+
+    def _targets(self) -> dict[Path, Path]:
+        return {
+            source: self._directory() / source.with_suffix(".o").name
+            for source in sorted(SOURCES.glob("*.bpf.c"))
+        }
+
+
+class Build(build):
+    sub_commands = [*build.sub_commands, ("build_bpf", None)]
+
+
+setup(
+    cmdclass={"build": Build, "build_bpf": BuildBpf},
+    cffi_modules=["src/sockhop/kernel/_libbpf_build.py:ffibuilder"],
+)
