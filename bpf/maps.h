@@ -1,0 +1,14 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/* The pinned maps that several objects share. */
+#ifndef SOCKHOP_MAPS_H
+#define SOCKHOP_MAPS_H
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __s32);
+	__type(value, struct provenance);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} provenance SEC(".maps");
+
+#endif /* SOCKHOP_MAPS_H */

@@ -1,0 +1,1 @@
+"""Our BPF programs as objects."""

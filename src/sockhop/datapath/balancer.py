@@ -1,0 +1,180 @@
+"""The balance programs and the pinned maps that they share with the agent."""
+
+import os
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from sockhop.datapath.records import (
+    ABI,
+    BackendRecord,
+    Counters,
+    FrontendKey,
+    FrontendRecord,
+    LiveKey,
+    ServiceRecord,
+    Setting,
+    SlotKey,
+    SlotRecord,
+)
+from sockhop.errors import SystemLackError
+from sockhop.kernel.btf import Codec, Layouts
+from sockhop.kernel.cgroups import AttachType
+from sockhop.kernel.links import attach, detach, linked_program
+from sockhop.kernel.maps import U32, U64, Map, open_pinned
+from sockhop.kernel.objects import BpfObject, object_path
+
+__all__ = [
+    "HOOKS",
+    "BalanceMaps",
+    "Balancer",
+    "NotInstalled",
+    "attached_hooks",
+    "link_directory",
+    "map_directory",
+    "remove_pins",
+]
+
+# Reverse translation is attached first and detached last, so that no balanced socket is
+# without it: several links are not one atomic update.
+HOOKS = (
+    AttachType.SOCK_RELEASE,
+    AttachType.GETPEERNAME4,
+    AttachType.GETPEERNAME6,
+    AttachType.CONNECT4,
+    AttachType.CONNECT6,
+)
+
+
+class NotInstalled(SystemLackError):
+    """There are no maps of ours in the bpffs directory."""
+
+
+def map_directory(pins: Path) -> Path:
+    """Return where the maps are pinned, given the bpffs directory."""
+    return pins / "maps"
+
+
+def link_directory(pins: Path) -> Path:
+    """Return where the links are pinned, given the bpffs directory."""
+    return pins / "links"
+
+
+class BalanceMaps:
+    """The pinned maps, typed. They can be read whether or not an agent runs."""
+
+    def __init__(self, pins: Path) -> None:
+        """Open the maps below the bpffs directory *pins*; NotInstalled where there are none."""
+        layouts = Layouts(object_path("balance"))
+        self._pins = pins
+        self._stack = ExitStack()
+        self.frontend_key: Codec[FrontendKey] = layouts.codec(FrontendKey, "frontend_key")
+        self.slot_key: Codec[SlotKey] = layouts.codec(SlotKey, "slot_key")
+        try:
+            self.settings = self._open("settings", U32, U64)
+            self._check_abi()
+            self.frontends = self._open(
+                "frontends", self.frontend_key, layouts.codec(FrontendRecord, "frontend")
+            )
+            self.words = self._open("words", U32, U64)
+            self.slots = self._open("slots", self.slot_key, layouts.codec(SlotRecord, "slot"))
+            self.backends = self._open("backends", U32, layouts.codec(BackendRecord, "backend"))
+            self.services = self._open("services", U32, layouts.codec(ServiceRecord, "service"))
+            self.counters = self._open("counters", U32, layouts.codec(Counters, "counters"))
+            self.totals = self._open("totals", U32, U64)
+            self.live = self._open("live", layouts.codec(LiveKey, "live_key"), U64)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the descriptors; the maps stay pinned."""
+        self._stack.close()
+
+    def __enter__(self) -> "BalanceMaps":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def setting(self, which: Setting) -> int:
+        """Return a value of the map `settings`."""
+        return self.settings.get(which) or 0
+
+    def all_maps(self) -> Iterable[Map[Any, Any]]:
+        """Each map that fills up, for used/size."""
+        return (self.frontends, self.slots, self.backends, self.services, self.live)
+
+    def _open(self, name: str, key: Codec[Any], value: Codec[Any]) -> Any:
+        try:
+            fd = open_pinned(map_directory(self._pins) / name)
+        except FileNotFoundError:
+            raise NotInstalled(
+                f"{self._pins}: nothing is installed here",
+                hint="start an agent with `sockhop agent -f services.yaml`, "
+                "or name its directory with --bpffs (SOCKHOP_BPFFS)",
+            ) from None
+        return self._stack.enter_context(Map(fd, key, value))
+
+    def _check_abi(self) -> None:
+        found = self.setting(Setting.ABI)
+        if found not in (0, ABI):
+            raise SystemLackError(
+                f"{self._pins}: the maps were made by a version with ABI {found}, this one has {ABI}",
+                hint="use that version, or end balancing with its `sockhop detach` and start afresh",
+            )
+
+
+class Balancer:
+    """The loaded balance programs. Closing it leaves attached programs and pinned maps in force."""
+
+    def __init__(self, pins: Path) -> None:
+        """Load the programs, making or reusing the maps pinned below *pins* (bpffs, locked)."""
+        self._pins = pins
+        for directory in (map_directory(pins), link_directory(pins)):
+            directory.mkdir(mode=0o700, exist_ok=True)
+        self._object = BpfObject(object_path("balance"), pins=map_directory(pins))
+        try:
+            self.maps = BalanceMaps(pins)
+        except BaseException:
+            self._object.close()
+            raise
+        self.maps.settings.set(Setting.ABI, ABI)
+
+    def close(self) -> None:
+        """Close descriptors."""
+        self.maps.close()
+        self._object.close()
+
+    def __enter__(self) -> "Balancer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def attach(self, cgroup: int) -> None:
+        """Attach every hook to the cgroup, or swap the programs of links that are there."""
+        for hook in HOOKS:
+            program = self._object.program(f"sockhop_{hook.hook}")
+            attach(program, cgroup, hook, link_directory(self._pins) / hook.hook)
+
+
+def attached_hooks(pins: Path) -> dict[AttachType, int]:
+    """Return which hooks have a link of ours below *pins*, with the id of its program."""
+    found = {hook: linked_program(link_directory(pins) / hook.hook) for hook in HOOKS}
+    return {hook: program for hook, program in found.items() if program is not None}
+
+
+def remove_pins(pins: Path) -> None:
+    """End balancing: unpin the links, forward hooks first, then the maps, then the directories."""
+    links, maps = link_directory(pins), map_directory(pins)
+    for hook in reversed(HOOKS):
+        detach(links / hook.hook)
+    for directory in (links, maps):
+        if directory.is_dir():
+            for pin in sorted(directory.iterdir()):
+                pin.unlink()
+            directory.rmdir()
+    if pins.is_dir() and not os.listdir(pins):
+        pins.rmdir()

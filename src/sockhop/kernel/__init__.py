@@ -1,0 +1,1 @@
+"""Talks to Linux, knows nothing of services."""

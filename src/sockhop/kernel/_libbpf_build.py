@@ -1,0 +1,202 @@
+"""Builds `sockhop.kernel._libbpf`, the cffi extension over libbpf >= 1.1.
+
+API mode: the C compiler checks every declaration here against libbpf's own headers.
+"""
+
+from cffi import FFI
+
+CDEF = """
+typedef uint32_t __u32;
+typedef uint64_t __u64;
+
+/* --- what libbpf would print ------------------------------------------------------------- */
+void sockhop_log_reset(void);
+const char *sockhop_log(void);
+
+/* --- objects ------------------------------------------------------------------------------ */
+struct bpf_object; struct bpf_program; struct bpf_map; struct btf;
+struct bpf_object_open_opts {
+    size_t sz;
+    const char *object_name;
+    const char *pin_root_path;
+    ...;
+};
+struct bpf_object *bpf_object__open_file(const char *path,
+                                         const struct bpf_object_open_opts *opts);
+int bpf_object__load(struct bpf_object *obj);
+void bpf_object__close(struct bpf_object *obj);
+struct bpf_program *bpf_object__next_program(const struct bpf_object *obj,
+                                             struct bpf_program *prog);
+const char *bpf_program__name(const struct bpf_program *prog);
+int bpf_program__fd(const struct bpf_program *prog);
+int bpf_program__set_autoload(struct bpf_program *prog, bool autoload);
+struct bpf_map *bpf_object__find_map_by_name(const struct bpf_object *obj, const char *name);
+struct bpf_map *bpf_object__next_map(const struct bpf_object *obj, const struct bpf_map *map);
+const char *bpf_map__name(const struct bpf_map *map);
+const char *bpf_map__pin_path(const struct bpf_map *map);
+int bpf_map__fd(const struct bpf_map *map);
+int bpf_map__set_max_entries(struct bpf_map *map, __u32 max_entries);
+
+/* --- maps --------------------------------------------------------------------------------- */
+int bpf_map_lookup_elem(int fd, const void *key, void *value);
+int bpf_map_update_elem(int fd, const void *key, const void *value, __u64 flags);
+int bpf_map_delete_elem(int fd, const void *key);
+int bpf_map_get_next_key(int fd, const void *key, void *next_key);
+struct bpf_map_batch_opts;
+int bpf_map_lookup_batch(int fd, void *in_batch, void *out_batch, void *keys, void *values,
+                         __u32 *count, const struct bpf_map_batch_opts *opts);
+int bpf_map_update_batch(int fd, const void *keys, const void *values, __u32 *count,
+                         const struct bpf_map_batch_opts *opts);
+int bpf_map_delete_batch(int fd, const void *keys, __u32 *count,
+                         const struct bpf_map_batch_opts *opts);
+
+/* --- pins, ids, info ---------------------------------------------------------------------- */
+int bpf_obj_pin(int fd, const char *path);
+int bpf_obj_get(const char *path);
+int bpf_prog_get_fd_by_id(__u32 id);
+int bpf_prog_get_next_id(__u32 start_id, __u32 *next_id);
+int bpf_map_get_fd_by_id(__u32 id);
+int bpf_link_get_fd_by_id(__u32 id);
+struct bpf_map_info { __u32 type; __u32 id; __u32 key_size; __u32 value_size;
+                      __u32 max_entries; __u32 map_flags; char name[16]; ...; };
+struct bpf_prog_info { __u32 type; __u32 id; uint8_t tag[8]; __u32 nr_map_ids; __u64 map_ids;
+                       char name[16]; ...; };
+struct bpf_link_info { __u32 type; __u32 id; __u32 prog_id; ...; };
+int bpf_obj_get_info_by_fd(int fd, void *info, __u32 *info_len);
+
+/* --- attaching ---------------------------------------------------------------------------- */
+enum bpf_attach_type {
+    BPF_CGROUP_INET_INGRESS, BPF_CGROUP_INET_EGRESS, BPF_CGROUP_INET_SOCK_CREATE,
+    BPF_CGROUP_SOCK_OPS,
+    BPF_CGROUP_INET4_BIND, BPF_CGROUP_INET6_BIND,
+    BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT,
+    BPF_CGROUP_INET4_POST_BIND, BPF_CGROUP_INET6_POST_BIND,
+    BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_SENDMSG,
+    BPF_CGROUP_UDP4_RECVMSG, BPF_CGROUP_UDP6_RECVMSG,
+    BPF_TRACE_ITER,
+    BPF_CGROUP_INET4_GETPEERNAME, BPF_CGROUP_INET6_GETPEERNAME,
+    BPF_CGROUP_INET_SOCK_RELEASE,
+    ...
+};
+int bpf_prog_attach(int prog_fd, int attachable_fd, enum bpf_attach_type type,
+                    unsigned int flags);
+int bpf_prog_detach2(int prog_fd, int attachable_fd, enum bpf_attach_type type);
+int bpf_prog_query(int target_fd, enum bpf_attach_type type, __u32 query_flags,
+                   __u32 *attach_flags, __u32 *prog_ids, __u32 *prog_cnt);
+struct bpf_link_create_opts;
+int bpf_link_create(int prog_fd, int target_fd, enum bpf_attach_type type,
+                    const struct bpf_link_create_opts *opts);
+struct bpf_link_update_opts;
+int bpf_link_update(int link_fd, int new_prog_fd, const struct bpf_link_update_opts *opts);
+int bpf_link_detach(int link_fd);
+int bpf_iter_create(int link_fd);
+int sockhop_iter_link(int prog_fd, int map_fd);
+#define BPF_F_ALLOW_MULTI ...
+#define BPF_F_QUERY_EFFECTIVE ...
+
+/* --- BTF ---------------------------------------------------------------------------------- */
+struct btf_type { __u32 name_off; __u32 info; __u32 size; ...; };
+struct btf_member { __u32 name_off; __u32 type; __u32 offset; };
+struct btf_array { __u32 type; __u32 index_type; __u32 nelems; };
+struct btf *btf__parse(const char *path, void *ext);
+void btf__free(struct btf *btf);
+int32_t btf__find_by_name_kind(const struct btf *btf, const char *name, __u32 kind);
+const struct btf_type *btf__type_by_id(const struct btf *btf, __u32 id);
+const char *btf__name_by_offset(const struct btf *btf, __u32 offset);
+int64_t btf__resolve_size(const struct btf *btf, __u32 id);
+int btf__resolve_type(const struct btf *btf, __u32 id);
+uint16_t btf_kind(const struct btf_type *t);
+uint16_t btf_vlen(const struct btf_type *t);
+struct btf_member *btf_members(const struct btf_type *t);
+uint8_t btf_int_encoding(const struct btf_type *t);
+#define BTF_KIND_INT ...
+#define BTF_KIND_STRUCT ...
+#define BTF_INT_SIGNED ...
+
+/* --- what the Python library lacks --------------------------------------------------------- */
+int setns(int fd, int nstype);
+int sockhop_membarrier(int cmd);
+#define CLONE_NEWNET ...
+#define MEMBARRIER_CMD_GLOBAL ...
+"""
+
+SOURCE = r"""
+#define _GNU_SOURCE
+#include <sched.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#include <linux/bpf.h>
+#include <linux/btf.h>
+#include <linux/membarrier.h>
+#include <bpf/bpf.h>
+#include <bpf/btf.h>
+#include <bpf/libbpf.h>
+
+
+/* libbpf's warnings carry the verifier's log. Keep the tail of what it says, print nothing. */
+static char log_text[1 << 16];
+static size_t log_used;
+
+static int keep(enum libbpf_print_level level, const char *format, va_list args)
+{
+    char *line;
+    int n, drop;
+
+    if (level == LIBBPF_DEBUG || (n = vasprintf(&line, format, args)) < 0)
+        return 0;
+    /* What is wrong stands at the end of a verifier log. */
+    drop = n >= (int)sizeof(log_text) ? n + 1 - (int)sizeof(log_text) : 0;
+    if (log_used + n - drop >= sizeof(log_text)) {
+        size_t old = log_used + n - drop + 1 - sizeof(log_text);
+
+        memmove(log_text, log_text + old, log_used - old);
+        log_used -= old;
+    }
+    memcpy(log_text + log_used, line + drop, n - drop);
+    log_used += n - drop;
+    log_text[log_used] = 0;
+    free(line);
+    return n;
+}
+
+static void sockhop_log_reset(void)
+{
+    libbpf_set_print(keep);
+    log_used = 0;
+    log_text[0] = 0;
+}
+
+static const char *sockhop_log(void)
+{
+    return log_text;
+}
+
+static int sockhop_iter_link(int prog_fd, int map_fd)
+{
+    union bpf_iter_link_info info = { .map.map_fd = map_fd };
+    LIBBPF_OPTS(bpf_link_create_opts, opts);
+
+    if (map_fd >= 0) {
+        opts.iter_info = &info;
+        opts.iter_info_len = sizeof(info);
+    }
+    return bpf_link_create(prog_fd, 0, BPF_TRACE_ITER, &opts);
+}
+
+static int sockhop_membarrier(int cmd)
+{
+    return syscall(SYS_membarrier, cmd, 0, 0);
+}
+"""
+
+ffibuilder = FFI()
+ffibuilder.cdef(CDEF)
+ffibuilder.set_source("sockhop.kernel._libbpf", SOURCE, libraries=["bpf"])
+
+if __name__ == "__main__":
+    ffibuilder.compile(verbose=True)

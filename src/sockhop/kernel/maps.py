@@ -1,0 +1,201 @@
+"""BPF maps with typed keys and values (kernel/bpf/syscall.c, Documentation/bpf/maps.rst)."""
+
+import errno
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from sockhop.kernel._libbpf import ffi, lib
+from sockhop.kernel.btf import Codec
+from sockhop.kernel.syscall import KernelError, check
+
+__all__ = ["Map", "MapInfo", "U32", "U64", "map_info", "open_pinned"]
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+_BATCH = 4096
+# What a kernel without batch operations for this map answers: ENOTSUPP (524) has no name in libc.
+_NO_BATCH = (errno.EINVAL, errno.EOPNOTSUPP, 524)
+
+
+def _integer(code: str) -> Codec[int]:
+    import struct  # noqa: PLC0415 (only here)
+
+    return Codec(int, struct.Struct("=" + code))
+
+
+U32 = _integer("I")
+U64 = _integer("Q")
+
+
+class MapInfo(NamedTuple):
+    """What the kernel says of a map (struct bpf_map_info)."""
+
+    id: int
+    name: str
+    type: int
+    key_size: int
+    value_size: int
+    max_entries: int
+
+
+def map_info(fd: int) -> MapInfo:
+    """Return the kernel's description of the map behind *fd*."""
+    info = ffi.new("struct bpf_map_info *")
+    size = ffi.new("__u32 *", ffi.sizeof("struct bpf_map_info"))
+    check(lib.bpf_obj_get_info_by_fd(fd, info, size), "reading a map's info")
+    name = ffi.string(info.name).decode()
+    return MapInfo(info.id, name, info.type, info.key_size, info.value_size, info.max_entries)
+
+
+def open_pinned(path: Path) -> int:
+    """Return a descriptor of the pinned object at *path*; FileNotFoundError if there is none."""
+    fd = lib.bpf_obj_get(str(path).encode())
+    if fd == -errno.ENOENT:
+        raise FileNotFoundError(errno.ENOENT, "no such pin", str(path))
+    return check(fd, f"opening the pin {path}")
+
+
+class Map(Generic[K, V]):
+    """A map with keys K and values V. Owns its descriptor; closed by close() or `with`."""
+
+    def __init__(self, fd: int, key: Codec[K], value: Codec[V]) -> None:
+        self.fd = fd
+        self.info = map_info(fd)
+        self.name = self.info.name
+        self._key = key
+        self._value = value
+        self._batch = True
+        if (self.info.key_size, self.info.value_size) != (key.size, value.size):
+            raise ValueError(
+                f"map {self.name} has keys of {self.info.key_size} and values of "
+                f"{self.info.value_size} bytes, expected {key.size} and {value.size}"
+            )
+
+    @property
+    def max_entries(self) -> int:
+        """How many entries the map can hold."""
+        return self.info.max_entries
+
+    def close(self) -> None:
+        """Close the descriptor; the map lives on while it is pinned or used."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> "Map[K, V]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def get(self, key: K) -> V | None:
+        """Return the value of *key*, None if there is none."""
+        value = ffi.new("char[]", self._value.size)
+        result = lib.bpf_map_lookup_elem(self.fd, self._key.encode(key), value)
+        if result == -errno.ENOENT:
+            return None
+        check(result, f"looking up in the map {self.name}")
+        return self._value.decode(ffi.buffer(value))
+
+    def set(self, key: K, value: V, flags: int = 0) -> None:
+        """Store *value*; KernelError with E2BIG where the map is full."""
+        result = lib.bpf_map_update_elem(
+            self.fd, self._key.encode(key), self._value.encode(value), flags
+        )
+        check(result, f"writing to the map {self.name}")
+
+    def delete(self, key: K) -> bool:
+        """Delete *key*; False if it was not there."""
+        result = lib.bpf_map_delete_elem(self.fd, self._key.encode(key))
+        if result == -errno.ENOENT:
+            return False
+        check(result, f"deleting from the map {self.name}")
+        return True
+
+    def items(self) -> list[tuple[K, V]]:
+        """Return all entries. Of those that come and go meanwhile, some may be missed."""
+        keys, values = self._dump()
+        return list(zip(self._key.decode_many(keys), self._value.decode_many(values), strict=True))
+
+    def keys(self) -> list[K]:
+        """Return the keys of all entries, as :meth:`items` does."""
+        return self._key.decode_many(self._dump()[0])
+
+    def update_many(self, entries: Iterable[tuple[K, V]]) -> None:
+        """Store all *entries*, in order, in batches (Linux 5.6) where the kernel can."""
+        entries = iter(entries)
+        while chunk := list(itertools.islice(entries, _BATCH)):
+            keys = b"".join([self._key.encode(key) for key, _ in chunk])
+            values = b"".join([self._value.encode(value) for _, value in chunk])
+            done = self._update_batch(keys, values, len(chunk)) if self._batch else 0
+            for key, value in chunk[done:]:
+                self.set(key, value)
+
+    def delete_many(self, keys: Iterable[K]) -> None:
+        """Delete all *keys*; those that are not there are passed over."""
+        for key in keys:
+            self.delete(key)
+
+    def _update_batch(self, keys: bytes, values: bytes, n: int) -> int:
+        count = ffi.new("__u32 *", n)
+        result = lib.bpf_map_update_batch(self.fd, keys, values, count, ffi.NULL)
+        if -result in _NO_BATCH and not count[0]:
+            self._batch = False
+            return 0
+        if result < 0:
+            raise KernelError(f"writing {n} entries to the map {self.name}", -result)
+        return n
+
+    def _dump(self) -> tuple[bytes, bytes]:
+        try:
+            return self._dump_batch()
+        except KernelError as error:
+            if error.errno not in _NO_BATCH:
+                raise
+            return self._dump_one_by_one()
+
+    def _dump_batch(self) -> tuple[bytes, bytes]:
+        # A hash hands out whole buckets: a batch smaller than the fullest one is ENOSPC.
+        size, keys, values = _BATCH, bytearray(), bytearray()
+        position, following = ffi.NULL, ffi.new("char[]", max(self._key.size, 8))
+        count = ffi.new("__u32 *")
+        while True:
+            count[0] = size
+            key_room = ffi.new("char[]", size * self._key.size)
+            value_room = ffi.new("char[]", size * self._value.size)
+            result = lib.bpf_map_lookup_batch(
+                self.fd, position, following, key_room, value_room, count, ffi.NULL
+            )
+            if result == -errno.ENOSPC and size < self.max_entries:
+                size *= 2
+                continue
+            if result not in (0, -errno.ENOENT):
+                raise KernelError(f"reading the map {self.name}", -result)
+            keys += ffi.buffer(key_room, count[0] * self._key.size)
+            values += ffi.buffer(value_room, count[0] * self._value.size)
+            if result:
+                return bytes(keys), bytes(values)
+            position, following = following, ffi.new("char[]", max(self._key.size, 8))
+
+    def _dump_one_by_one(self) -> tuple[bytes, bytes]:
+        keys, values = bytearray(), bytearray()
+        for key in self._walk():
+            value = ffi.new("char[]", self._value.size)
+            if lib.bpf_map_lookup_elem(self.fd, key, value) == 0:
+                keys += ffi.buffer(key)
+                values += ffi.buffer(value)
+        return bytes(keys), bytes(values)
+
+    def _walk(self) -> Iterator[Any]:
+        # Bounded: when the entry behind a key goes, the kernel starts from the first again.
+        key: Any = ffi.NULL
+        for _ in range(4 * self.max_entries):
+            following = ffi.new("char[]", self._key.size)
+            if lib.bpf_map_get_next_key(self.fd, key, following) < 0:
+                return
+            yield following
+            key = following

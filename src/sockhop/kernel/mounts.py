@@ -1,0 +1,41 @@
+"""Mounts as /proc/self/mountinfo lists them (proc_pid_mountinfo(5))."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["Mount", "filesystem_type", "mounts"]
+
+_MOUNTINFO = Path("/proc/self/mountinfo")
+
+
+class Mount(NamedTuple):
+    """One line of mountinfo: what is mounted (`root` of `type`) and where (`point`)."""
+
+    root: str
+    point: Path
+    type: str
+
+
+def mounts() -> list[Mount]:
+    """Return all mounts of this process's mount namespace, in mount order."""
+    return [_parse(line) for line in _MOUNTINFO.read_text().splitlines()]
+
+
+def filesystem_type(path: Path) -> str:
+    """Return the type of the filesystem that *path* (or its nearest existing parent) is on."""
+    path = path.resolve()
+    over = [mount for mount in mounts() if path.is_relative_to(mount.point)]
+    # Of mounts on the same point the last hides the others; max() keeps the first of equals.
+    return max(reversed(over), key=lambda mount: len(mount.point.parts)).type
+
+
+def _parse(line: str) -> Mount:
+    fields, _, filesystem = line.partition(" - ")
+    root, point = (_unescape(field) for field in fields.split()[3:5])
+    return Mount(root, Path(point), filesystem.split()[0])
+
+
+def _unescape(field: str) -> str:
+    # The kernel writes space, tab, newline and backslash in octal.
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)

@@ -1,0 +1,59 @@
+"""Network namespaces: cookies, and entering one by path (net/core/net_namespace.c)."""
+
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sockhop.errors import InputError
+from sockhop.kernel._libbpf import ffi, lib
+from sockhop.kernel.syscall import KernelError
+
+__all__ = ["current_cookie", "entered", "inode"]
+
+# Linux kernel commit e8b9eab99232 ("net: retrieve netns cookie via getsocketopt") (in v5.14).
+_SO_NETNS_COOKIE = 71
+_SELF = Path("/proc/thread-self/ns/net")
+
+
+def current_cookie() -> int:
+    """Return the cookie of this thread's network namespace, never given twice until reboot."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            data = probe.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
+        except OSError as error:
+            raise KernelError("reading SO_NETNS_COOKIE", error.errno or 0) from None
+    return int(struct.unpack("=Q", data)[0])
+
+
+def inode(path: Path = _SELF) -> int:
+    """Return the inode number by which /proc and lsns name the namespace at *path*."""
+    return path.stat().st_ino
+
+
+@contextmanager
+def entered(path: Path) -> Iterator[None]:
+    """Run the body in the network namespace at *path*: this thread only (setns(2))."""
+    before = os.open(_SELF, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            target = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}") from None
+        try:
+            _setns(target, str(path))
+        finally:
+            os.close(target)
+        try:
+            yield
+        finally:
+            _setns(before, "the namespace of before")
+    finally:
+        os.close(before)
+
+
+def _setns(fd: int, name: str) -> None:
+    if lib.setns(fd, lib.CLONE_NEWNET) < 0:
+        raise KernelError(f"entering {name}", ffi.errno)

@@ -1,0 +1,159 @@
+"""BPF objects: the compiled programs of the package, loaded with libbpf."""
+
+import errno
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, TypeVar
+
+from sockhop.errors import SystemLackError
+from sockhop.kernel._libbpf import ffi, lib
+from sockhop.kernel.btf import Codec, Layouts
+from sockhop.kernel.maps import Map
+from sockhop.kernel.syscall import KernelError, check, last_log
+
+__all__ = ["BpfObject", "ProgramInfo", "object_path", "program_info"]
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+_OBJECTS = Path(__file__).parent.parent / "bpf"
+
+
+def object_path(name: str) -> Path:
+    """Return where the package keeps the compiled object *name* (`balance` for balance.bpf.c)."""
+    return _OBJECTS / f"{name}.bpf.o"
+
+
+class ProgramInfo(NamedTuple):
+    """What the kernel says of a program (struct bpf_prog_info); the tag is hex text."""
+
+    id: int
+    name: str
+    tag: str
+    map_ids: tuple[int, ...]
+
+
+def program_info(fd: int) -> ProgramInfo:
+    """Return the kernel's description of the program behind *fd*."""
+    ids = ffi.new("__u32[]", 64)
+    info = ffi.new("struct bpf_prog_info *")
+    info.nr_map_ids = len(ids)
+    info.map_ids = int(ffi.cast("uintptr_t", ids))
+    size = ffi.new("__u32 *", ffi.sizeof("struct bpf_prog_info"))
+    check(lib.bpf_obj_get_info_by_fd(fd, info, size), "reading a program's info")
+    return ProgramInfo(
+        info.id,
+        ffi.string(info.name).decode(),
+        bytes(info.tag).hex(),
+        tuple(ids[i] for i in range(min(info.nr_map_ids, len(ids)))),
+    )
+
+
+class BpfObject:
+    """A loaded object. Its programs and unpinned maps go when it is closed and nothing uses them."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        pins: Path | None = None,
+        max_entries: Mapping[str, int] | None = None,
+        without: Collection[str] = (),
+    ) -> None:
+        """Load the object file at *path*.
+
+        Maps declared with LIBBPF_PIN_BY_NAME are shared through, and pinned in, *pins*.
+        *max_entries* sizes maps by name; *without* names programs that are not loaded.
+        SystemLackError carries the end of the verifier's log.
+        """
+        self.path = path
+        self.layouts = Layouts(path)
+        lib.sockhop_log_reset()
+        self._object = self._open(pins)
+        try:
+            for name, entries in (max_entries or {}).items():
+                check(lib.bpf_map__set_max_entries(self._map(name), entries), f"sizing {name}")
+            for name, program in self._programs().items():
+                if name in without:
+                    lib.bpf_program__set_autoload(program, False)
+            result = lib.bpf_object__load(self._object)
+            if result < 0:
+                raise _load_error(path, pins, -result)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close everything that the object holds open."""
+        if self._object is not None:
+            lib.bpf_object__close(self._object)
+            self._object = None
+
+    def __enter__(self) -> "BpfObject":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def program(self, name: str) -> int:
+        """Return the descriptor of a loaded program, owned by the object."""
+        return check(lib.bpf_program__fd(self._programs()[name]), f"program {name}")
+
+    def map_fd(self, name: str) -> int:
+        """Return the descriptor of a map, owned by the object."""
+        return check(lib.bpf_map__fd(self._map(name)), f"map {name}")
+
+    def map(self, name: str, key: Codec[K], value: Codec[V]) -> Map[K, V]:
+        """Return a map of the object, with a descriptor of its own."""
+        import os  # noqa: PLC0415
+
+        return Map(os.dup(self.map_fd(name)), key, value)
+
+    def _open(self, pins: Path | None) -> Any:
+        options = ffi.new("struct bpf_object_open_opts *")
+        options.sz = ffi.sizeof("struct bpf_object_open_opts")
+        root = ffi.new("char[]", str(pins).encode()) if pins else ffi.NULL
+        options.pin_root_path = root
+        opened = lib.bpf_object__open_file(str(self.path).encode(), options)
+        if opened == ffi.NULL:
+            raise KernelError(f"opening {self.path}", ffi.errno)
+        return opened
+
+    def _map(self, name: str) -> Any:
+        found = lib.bpf_object__find_map_by_name(self._object, name.encode())
+        if found == ffi.NULL:
+            raise KeyError(name)
+        return found
+
+    def _programs(self) -> dict[str, Any]:
+        programs, program = {}, ffi.NULL
+        while True:
+            program = lib.bpf_object__next_program(self._object, program)
+            if program == ffi.NULL:
+                return programs
+            programs[ffi.string(lib.bpf_program__name(program)).decode()] = program
+
+
+def _load_error(path: Path, pins: Path | None, number: int) -> SystemLackError:
+    log = last_log()
+    if mismatch := re.search(r"couldn't reuse pinned map at '([^']+)'", log):
+        return SystemLackError(
+            f"{mismatch[1]}: this map was made by another version or with another size",
+            hint="end balancing and start afresh with `sockhop detach`",
+        )
+    if number == errno.EPERM and "verifier" not in log and "PROG LOAD LOG" not in log:
+        return KernelError(f"loading {path.name}", number)
+    helper = re.search(r"(?:invalid|unknown) func (\S+)|program of this type cannot use helper (\S+)", log)
+    lacks = f"the kernel lacks the helper {helper[1] or helper[2]}" if helper else ""
+    return KernelError(
+        f"loading {path.name}" + (f" with the pins in {pins}" if pins else ""),
+        number,
+        hint=f"{lacks or 'libbpf and the verifier said'}:\n{log}",
+    )
