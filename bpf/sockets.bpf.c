@@ -14,6 +14,9 @@
 
 #define MAPPED bpf_htonl(0xffff)
 
+/* Keeps the struct in the object's BTF, for Python to check its codec against. */
+const struct socket_record *socket_record_layout __attribute__((unused));
+
 static __always_inline void set_addresses(struct socket_record *out, struct sock *sk)
 {
 	if (out->family == AF_INET6) {

@@ -20,6 +20,7 @@ __all__ = [
     "FrontendType",
     "Protocol",
     "Service",
+    "endpoint",
     "is_loopback",
     "pack_address",
     "parse_address",
@@ -87,6 +88,9 @@ class Backend(msgspec.Struct, frozen=True, order=True, gc=False):
     state: BackendState = BackendState.ACTIVE
     weight: int = 1
 
+    def __str__(self) -> str:
+        return endpoint(self.address, self.port)
+
 
 class Frontend(msgspec.Struct, frozen=True, order=True):
     """What clients dial, with the backends that may serve it.
@@ -108,8 +112,7 @@ class Frontend(msgspec.Struct, frozen=True, order=True):
         return self.address, self.port, self.protocol
 
     def __str__(self) -> str:
-        host = f"[{self.address}]" if ":" in self.address else self.address
-        return f"{host}:{self.port}/{self.protocol.lower()}"
+        return f"{endpoint(self.address, self.port)}/{self.protocol.lower()}"
 
 
 class Service(msgspec.Struct, frozen=True):
@@ -134,6 +137,11 @@ class Desired(msgspec.Struct, frozen=True):
         for service in self.services:
             for frontend in service.frontends:
                 yield service, frontend
+
+
+def endpoint(address: str, port: int) -> str:
+    """Return `address:port`, an IPv6 address in brackets (RFC 3986, 3.2.2)."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def parse_address(text: str) -> str:

@@ -1,7 +1,6 @@
 """The balance programs and the pinned maps that they share with the agent."""
 
 import os
-from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -101,10 +100,6 @@ class BalanceMaps:
     def setting(self, which: Setting) -> int:
         """Return a value of the map `settings`."""
         return self.settings.get(which) or 0
-
-    def all_maps(self) -> Iterable[Map[Any, Any]]:
-        """Each map that fills up, for used/size."""
-        return (self.frontends, self.slots, self.backends, self.services, self.live)
 
     def _open(self, name: str, key: Codec[Any], value: Codec[Any]) -> Any:
         try:

@@ -1,0 +1,1 @@
+"""Desired, installed and live state, and what keeps them the same."""

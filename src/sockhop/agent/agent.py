@@ -1,0 +1,181 @@
+"""`sockhop agent`: follows the sources and keeps the kernel in line with them."""
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager, suppress
+from pathlib import Path
+
+import msgspec
+
+from sockhop import __version__
+from sockhop.agent.api import api_application, serve_api
+from sockhop.agent.installer import Installer
+from sockhop.agent.metrics import AgentCollector, metrics_application, parse_listen, serve_metrics
+from sockhop.agent.notify import notify, watchdog_interval
+from sockhop.agent.rejections import RejectionLog
+from sockhop.agent.state import AgentState, SourceState
+from sockhop.agent.sync import Synchronizer
+from sockhop.datapath.balancer import Balancer, attached_hooks, remove_pins
+from sockhop.kernel.bpffs import lock_directory
+from sockhop.kernel.cgroups import open_cgroup
+from sockhop.kernel.netns import current_cookie
+from sockhop.sources.files import load
+from sockhop.sources.watch import FileWatcher
+
+__all__ = ["AgentOptions", "run_agent"]
+
+_LOG = logging.getLogger(__name__)
+_SETTLE = 0.01
+"""Seconds from the first sign of a change to reading: an editor's write comes in parts."""
+_COUNTERS_EVERY = 5.0
+
+
+class AgentOptions(msgspec.Struct, frozen=True):
+    """What `sockhop agent` was asked to do."""
+
+    paths: tuple[Path, ...]
+    cgroup: Path
+    pins: Path
+    api: Path
+    metrics: str = ""
+    node_name: str = ""
+    detach_on_exit: bool = False
+
+
+def run_agent(options: AgentOptions) -> None:
+    """Run until SIGTERM or SIGINT. What is balanced stays so, unless `detach_on_exit`.
+
+    InputError or SystemLackError where it cannot start; then nothing has changed.
+    """
+    listen = parse_listen(options.metrics) if options.metrics else None
+    first = load(options.paths, node_name=options.node_name)
+    with ExitStack() as stack:
+        cgroup = stack.enter_context(open_cgroup(options.cgroup))
+        stack.enter_context(lock_directory(options.pins))
+        fresh = not attached_hooks(options.pins)
+        try:
+            balancer = stack.enter_context(Balancer(options.pins))
+            installer = Installer(balancer.maps)
+            state = AgentState(
+                pid=os.getpid(),
+                version=__version__,
+                started_at=time.time(),
+                cgroup=str(options.cgroup),
+                bpffs=str(options.pins),
+                source=SourceState([str(path) for path in options.paths]),
+            )
+            agent = _Agent(options, balancer, installer, state)
+            agent.sync.note_source(first)
+            agent.sync.apply(first)
+            balancer.attach(cgroup)
+        except BaseException:
+            if fresh:
+                remove_pins(options.pins)
+            raise
+        asyncio.run(agent.follow(listen))
+        if options.detach_on_exit:
+            remove_pins(options.pins)
+
+
+class _Agent:
+    def __init__(
+        self, options: AgentOptions, balancer: Balancer, installer: Installer, state: AgentState
+    ) -> None:
+        self._options = options
+        self._balancer = balancer
+        self._installer = installer
+        self._state = state
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self.sync = Synchronizer(
+            lambda: load(options.paths, node_name=options.node_name),
+            installer,
+            state,
+            current_cookie(),
+        )
+
+    async def follow(self, listen: tuple[str, int] | None) -> None:
+        """Serve, and apply each change of the sources, until a signal says to stop."""
+        with FileWatcher(self._options.paths) as watcher:
+            async with self._servers(listen), self._ticking():
+                loop = asyncio.get_running_loop()
+                loop.add_reader(watcher.fileno(), self._on_change, watcher)
+                loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    loop.add_signal_handler(number, self._on_stop)
+                _LOG.info("balancing %d services", self._state.services)
+                # Something may have changed between the first reading and the watch.
+                self._wake.set()
+                await self._follow()
+        notify("STOPPING=1")
+        _LOG.info(
+            "stopping; %s",
+            "balancing ends" if self._options.detach_on_exit else "the kernel goes on balancing",
+        )
+
+    async def _follow(self) -> None:
+        ready = False
+        while True:
+            await self._wake.wait()
+            if self._stopping:
+                return
+            await asyncio.sleep(_SETTLE)
+            self._wake.clear()
+            self.sync.run()
+            status = f"STATUS={self._state.services} services, generation {self._state.generation}"
+            notify(status) if ready else notify("READY=1", status)
+            ready = True
+
+    def _on_change(self, watcher: FileWatcher) -> None:
+        if watcher.changed():
+            self._wake.set()
+
+    def _on_hangup(self) -> None:
+        _LOG.info("SIGHUP: reading the sources again")
+        self._wake.set()
+
+    def _on_stop(self) -> None:
+        self._stopping = True
+        self._wake.set()
+
+    @asynccontextmanager
+    async def _servers(self, listen: tuple[str, int] | None) -> AsyncIterator[None]:
+        runners = [await serve_api(api_application(self._state), self._options.api)]
+        try:
+            if listen:
+                collector = AgentCollector(self._balancer.maps, self._installer, self._state)
+                application = metrics_application(collector, self._state)
+                runners.append(await serve_metrics(application, *listen))
+            yield
+        finally:
+            for runner in runners:
+                await runner.cleanup()
+            self._options.api.unlink(missing_ok=True)
+
+    @asynccontextmanager
+    async def _ticking(self) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(self._log_rejections())]
+        if interval := watchdog_interval():
+            tasks.append(asyncio.create_task(self._watchdog(interval)))
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+
+    async def _watchdog(self, interval: float) -> None:
+        while True:
+            notify("WATCHDOG=1")
+            await asyncio.sleep(interval)
+
+    async def _log_rejections(self) -> None:
+        rejections = RejectionLog(self._balancer.maps, self._installer)
+        while True:
+            await asyncio.sleep(_COUNTERS_EVERY)
+            rejections.write()

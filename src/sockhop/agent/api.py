@@ -1,0 +1,64 @@
+"""The agent's HTTP API on a Unix socket: for root only, by SO_PEERCRED (unix(7))."""
+
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+from aiohttp import web
+
+from sockhop.agent.state import AgentState
+from sockhop.errors import SystemLackError
+
+__all__ = ["api_application", "serve_api"]
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def api_application(state: AgentState) -> web.Application:
+    """Return the application: GET /v1/status gives *state* as JSON."""
+
+    async def status(_: web.Request) -> web.Response:
+        return web.json_response(body=msgspec.json.encode(state))
+
+    application = web.Application(middlewares=[_root_only])
+    application.router.add_get("/v1/status", status)
+    return application
+
+
+async def serve_api(application: web.Application, path: Path) -> web.AppRunner:
+    """Serve *application* on the Unix socket *path* (0600 in a directory of 0700)."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # We hold the lock on the bpffs directory, so a socket file here is a dead agent's.
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        before = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(before)
+    except OSError as error:
+        raise SystemLackError(
+            f"{path}: {error.strerror or error}", hint="name another socket with --api (SOCKHOP_API)"
+        ) from None
+    runner = web.AppRunner(application, access_log=None)
+    await runner.setup()
+    await web.SockSite(runner, listener).start()
+    return runner
+
+
+@web.middleware
+async def _root_only(request: web.Request, handler: Handler) -> web.StreamResponse:
+    transport = request.transport
+    peer = transport.get_extra_info("socket") if transport else None
+    if peer is None or _uid(peer) != 0:
+        return web.json_response({"error": "this API is for root"}, status=403)
+    return await handler(request)
+
+
+def _uid(peer: socket.socket) -> int:
+    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("=iII"))
+    return int(struct.unpack("=iII", credentials)[1])

@@ -1,0 +1,134 @@
+"""What Prometheus scrapes: /metrics and /healthz on a TCP address."""
+
+import socket
+from collections import defaultdict
+from collections.abc import Iterator
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from sockhop.agent.installer import Installer, map_usage
+from sockhop.agent.state import AgentState
+from sockhop.datapath.balancer import BalanceMaps
+from sockhop.datapath.records import Setting, Total
+from sockhop.errors import InputError
+from sockhop.model import Protocol
+
+__all__ = ["AgentCollector", "metrics_application", "parse_listen", "serve_metrics"]
+
+_PROTOCOLS = {protocol.number: protocol.lower() for protocol in Protocol}
+
+
+class AgentCollector(Collector):
+    """Reads the maps and the agent's state anew at each scrape."""
+
+    def __init__(self, maps: BalanceMaps, installer: Installer, state: AgentState) -> None:
+        self._maps = maps
+        self._installer = installer
+        self._state = state
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield all metrics of the agent."""
+        yield from self._connects()
+        yield from self._maps_used()
+        yield from self._datapath()
+        yield from self._sources()
+
+    def _connects(self) -> Iterator[Metric]:
+        counters = dict(self._maps.counters.items())
+        sums: defaultdict[tuple[str, str, str], int] = defaultdict(int)
+        for key, old in self._installer.installed.entries.items():
+            labels = (old.entry.service, _PROTOCOLS[key.protocol])
+            sums[*labels, "balanced"] += counters[old.id].connects
+            sums[*labels, "no_backend"] += counters[old.id].no_backend
+        family = CounterMetricFamily(
+            "sockhop_connects",
+            "connect() calls to a frontend; no_backend: rejected with EHOSTUNREACH.",
+            labels=["service", "protocol", "result"],
+        )
+        for label_values, value in sorted(sums.items()):
+            family.add_metric(label_values, value)
+        yield family
+
+    def _maps_used(self) -> Iterator[Metric]:
+        used = GaugeMetricFamily("sockhop_map_entries", "Entries in use.", labels=["map"])
+        size = GaugeMetricFamily("sockhop_map_max_entries", "Entries it has room for.", labels=["map"])
+        for name, entries, room in map_usage(self._maps):
+            used.add_metric([name], entries)
+            size.add_metric([name], room)
+        yield used
+        yield size
+
+    def _datapath(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily(
+            "sockhop_bypass",
+            "1 while every hook lets everything pass.",
+            value=self._maps.setting(Setting.BYPASS),
+        )
+        family = CounterMetricFamily(
+            "sockhop_datapath_events", "Rare events in the hooks.", labels=["event"]
+        )
+        for number, value in self._maps.totals.items():
+            family.add_metric([Total(number).name.lower()], value)
+        yield family
+
+    def _sources(self) -> Iterator[Metric]:
+        state = self._state
+        for name, text, value in (
+            ("source_error", "1 while the sources are broken: the last good state is in force.",
+             bool(state.source.error)),
+            ("sync_error", "1 while the kernel does not take what the sources say.",
+             bool(state.sync_error)),
+            ("last_sync_timestamp_seconds", "When the last good sync ended.", state.synced_at),
+            ("last_sync_duration_seconds", "From reading the sources to the read-back.",
+             state.sync_seconds),
+            ("generation", "Number of the last change of the installed state.", state.generation),
+            ("services", "Services that are installed.", state.services),
+            ("backends", "Backends that the services name.", state.backends),
+        ):
+            yield GaugeMetricFamily(f"sockhop_{name}", text, value=float(value))
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """Return host and port of `HOST:PORT`; InputError for anything else."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 <= int(port) <= 65535:
+        raise InputError(f"--metrics {text}: expected HOST:PORT", hint="such as 127.0.0.1:9464")
+    return host.strip("[]"), int(port)
+
+
+def metrics_application(collector: AgentCollector, state: AgentState) -> web.Application:
+    """Return the application with GET /metrics and GET /healthz."""
+    registry = CollectorRegistry()
+    registry.register(collector)
+
+    async def metrics(_: web.Request) -> web.Response:
+        return web.Response(
+            body=generate_latest(registry), headers={"Content-Type": "text/plain; version=0.0.4"}
+        )
+
+    async def healthz(_: web.Request) -> web.Response:
+        # Alive as long as it follows its sources; a broken file is no reason to restart it.
+        note = state.source.error or state.sync_error or "ok"
+        return web.Response(text=note + "\n")
+
+    application = web.Application()
+    application.router.add_get("/metrics", metrics)
+    application.router.add_get("/healthz", healthz)
+    return application
+
+
+async def serve_metrics(application: web.Application, host: str, port: int) -> web.AppRunner:
+    """Serve *application* on TCP."""
+    runner = web.AppRunner(application, access_log=None)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except (OSError, socket.gaierror) as error:
+        await runner.cleanup()
+        raise InputError(
+            f"--metrics {host}:{port}: {error.strerror or error}", hint="is the port in use?"
+        ) from None
+    return runner

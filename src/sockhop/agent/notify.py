@@ -1,0 +1,33 @@
+"""The service manager's notification protocol, sd_notify(3)."""
+
+import os
+import socket
+import time
+
+__all__ = ["notify", "watchdog_interval"]
+
+
+def notify(*assignments: str) -> None:
+    """Send assignments such as `READY=1` to the service manager; without one, do nothing."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    if "RELOADING=1" in assignments:
+        assignments += (f"MONOTONIC_USEC={time.monotonic_ns() // 1000}",)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+        try:
+            # A leading @ stands for the NUL of an abstract address.
+            channel.sendto(
+                "\n".join(assignments).encode(),
+                "\0" + address[1:] if address.startswith("@") else address,
+            )
+        except OSError:
+            pass  # nobody listens any more; that is the manager's affair
+
+
+def watchdog_interval() -> float | None:
+    """Return how often to send WATCHDOG=1, in seconds: half of what the manager allows."""
+    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return None
+    microseconds = os.environ.get("WATCHDOG_USEC", "")
+    return int(microseconds) / 2e6 if microseconds.isdecimal() else None

@@ -1,0 +1,111 @@
+"""The difference between what should be and what is installed: printable, then applied."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from sockhop.agent.target import Entry, Member, Target
+from sockhop.datapath.records import FrontendKey
+from sockhop.model import Backend, Frontend, Protocol, unpack_address
+
+__all__ = ["Installed", "InstalledEntry", "InstalledMember", "Plan", "make_plan"]
+
+
+class InstalledEntry(NamedTuple):
+    """An entry that the hooks find, with the id of its word and the generation in it."""
+
+    entry: Entry
+    id: int
+    generation: int
+
+
+class InstalledMember(NamedTuple):
+    """A backend that the map `backends` names, with its id."""
+
+    backend: Backend
+    id: int
+
+
+class Installed(NamedTuple):
+    """What the maps hold, by the same keys as a :class:`Target`."""
+
+    entries: dict[FrontendKey, InstalledEntry]
+    members: dict[Member, InstalledMember]
+    services: dict[str, int]
+
+
+class Plan(NamedTuple):
+    """What makes the installed state the target.
+
+    added: entries that are not there, or belong to another service; flipped: entries with other
+    backends; relabelled: entries with another scope or type; removed: entries to take away.
+    members, gone: backends to write (new, or with another weight or state) and to take away.
+    """
+
+    added: dict[FrontendKey, Entry]
+    flipped: dict[FrontendKey, Entry]
+    relabelled: dict[FrontendKey, Entry]
+    removed: dict[FrontendKey, Entry]
+    members: dict[Member, Backend]
+    gone: tuple[Member, ...]
+
+    def __bool__(self) -> bool:
+        return any(self)
+
+    def lines(self, installed: Installed) -> Iterator[str]:
+        """Describe each change of what clients meet, a line a frontend."""
+        for key, entry in self.added.items():
+            yield f"+ {_title(key, entry)}: {_size(entry.backends)}"
+        for key, entry in self.flipped.items():
+            before = set(installed.entries[key].entry.backends)
+            after = set(entry.backends)
+            changes = [f"+{_text(backend)}" for backend in sorted(after - before)]
+            changes += [f"-{_text(backend)}" for backend in sorted(before - after)]
+            yield f"~ {_title(key, entry)}: {_size(entry.backends)}: {' '.join(changes)}"
+        for key, entry in self.relabelled.items():
+            yield f"~ {_title(key, entry)}: scope or type"
+        for key, entry in self.removed.items():
+            yield f"- {_title(key, entry)}"
+
+
+def make_plan(target: Target, installed: Installed) -> Plan:
+    """Compare *target* with what is *installed*."""
+    plan = Plan(
+        added={},
+        flipped={},
+        relabelled={},
+        removed={
+            key: old.entry
+            for key, old in installed.entries.items()
+            if key not in target.entries
+        },
+        members={
+            member: backend
+            for member, backend in target.members.items()
+            if (old := installed.members.get(member)) is None or old.backend != backend
+        },
+        gone=tuple(member for member in installed.members if member not in target.members),
+    )
+    for key, entry in target.entries.items():
+        found = installed.entries.get(key)
+        if found is None or found.entry.service != entry.service:
+            plan.added[key] = entry
+            continue
+        if found.entry.backends != entry.backends:
+            plan.flipped[key] = entry
+        if found.entry[:3] != entry[:3]:
+            plan.relabelled[key] = entry
+    return plan
+
+
+def _title(key: FrontendKey, entry: Entry) -> str:
+    protocol = next(p for p in Protocol if p.number == key.protocol)
+    where = f" in netns {key.netns}" if key.netns else ""
+    return f"{entry.service} {Frontend(unpack_address(key.address), key.port, protocol)}{where}"
+
+
+def _size(backends: tuple[Backend, ...]) -> str:
+    return f"{len(backends)} backend{'' if len(backends) == 1 else 's'}"
+
+
+def _text(backend: Backend) -> str:
+    return f"{backend}*{backend.weight}" if backend.weight != 1 else str(backend)

@@ -1,0 +1,47 @@
+"""What the agent knows of itself, as `status` and the API show it."""
+
+import time
+
+import msgspec
+
+__all__ = ["AgentState", "SourceState"]
+
+
+class SourceState(msgspec.Struct):
+    """How the last reading of the sources went. Times are Unix seconds, 0.0 for never.
+
+    `error` is empty while the sources are good; else the last good state stays in force.
+    """
+
+    paths: list[str]
+    good_at: float = 0.0
+    error: str = ""
+    error_at: float = 0.0
+    warnings: list[str] = []
+
+
+class AgentState(msgspec.Struct):
+    """A running agent."""
+
+    pid: int
+    version: str
+    started_at: float
+    cgroup: str
+    bpffs: str
+    source: SourceState
+    services: int = 0
+    frontends: int = 0
+    backends: int = 0
+    generation: int = 0
+    synced_at: float = 0.0
+    sync_seconds: float = 0.0
+    sync_error: str = ""
+
+    @property
+    def healthy(self) -> bool:
+        """Whether what is installed is what the sources say."""
+        return not self.source.error and not self.sync_error
+
+    def failed(self, error: str) -> None:
+        """Note that the sources could not be read."""
+        self.source.error, self.source.error_at = error, time.time()

@@ -1,0 +1,79 @@
+"""One synchronisation: sources -> desired -> plan -> map writes -> read-back."""
+
+import logging
+import time
+from collections.abc import Callable
+
+from sockhop.agent.installer import Installer
+from sockhop.agent.plan import Plan, make_plan
+from sockhop.agent.state import AgentState
+from sockhop.agent.target import expand
+from sockhop.errors import InputError, SockhopError
+from sockhop.sources.files import Loaded
+
+__all__ = ["Synchronizer"]
+
+_LOG = logging.getLogger(__name__)
+_LINES = 20
+
+
+class Synchronizer:
+    """Brings what is installed in line with the sources, and notes in `state` how that went."""
+
+    def __init__(
+        self, load: Callable[[], Loaded], installer: Installer, state: AgentState, home: int
+    ) -> None:
+        """*load* reads the sources; *home* is the netns cookie in which loopback holds."""
+        self._load = load
+        self._installer = installer
+        self._state = state
+        self._home = home
+
+    def run(self) -> bool:
+        """Read the sources and apply them. On an error keep the last good state, and say so."""
+        begin = time.monotonic()
+        try:
+            loaded = self._load()
+        except InputError as error:
+            if str(error) != self._state.source.error:
+                _LOG.error("the last good state stays in force: %s", error)
+            self._state.failed(str(error))
+            return False
+        self.note_source(loaded)
+        try:
+            self.apply(loaded)
+        except SockhopError as error:
+            _LOG.error("not applied: %s", error)
+            self._state.sync_error = str(error)
+            return False
+        self._state.sync_seconds = time.monotonic() - begin
+        return True
+
+    def apply(self, loaded: Loaded) -> Plan:
+        """Apply what was loaded; raise SockhopError where the kernel does not take it."""
+        state, installer = self._state, self._installer
+        target = expand(loaded.desired, self._home)
+        plan = make_plan(target, installer.installed)
+        lines = list(plan.lines(installer.installed))
+        state.generation = installer.apply(plan)
+        installer.check([*plan.added, *plan.flipped, *plan.relabelled, *plan.removed])
+        for line in lines[:_LINES]:
+            _LOG.info("%s", line)
+        if len(lines) > _LINES:
+            _LOG.info("... and %d more frontends", len(lines) - _LINES)
+        state.services = len(loaded.desired.services)
+        state.frontends = sum(len(service.frontends) for service in loaded.desired.services)
+        state.backends = len(target.members)
+        state.synced_at, state.sync_error = time.time(), ""
+        return plan
+
+    def note_source(self, loaded: Loaded) -> None:
+        """Note that the sources are good, and log what is new among their warnings."""
+        source = self._state.source
+        if source.error:
+            _LOG.info("the sources are good again")
+        for warning in loaded.warnings:
+            if warning not in source.warnings:
+                _LOG.warning("%s", warning)
+        source.error, source.error_at, source.good_at = "", 0.0, time.time()
+        source.warnings = list(loaded.warnings)

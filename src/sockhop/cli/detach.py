@@ -1,0 +1,34 @@
+"""`sockhop detach`."""
+
+import click
+
+from sockhop.cli.options import api_path, bpffs_path, global_options
+
+__all__ = ["command"]
+
+
+@click.command(epilog="Example: sockhop detach")
+@global_options
+def command() -> None:
+    """End balancing and remove everything of ours from the kernel.
+
+    Connections that are open go on to their backends, but getpeername() shows the backend from
+    now on. Programs of others on the cgroup stay. Stop the agent first.
+    """
+    from sockhop.datapath.balancer import NotInstalled, remove_pins  # noqa: PLC0415 (extension)
+    from sockhop.datapath.sockets import balanced_sockets  # noqa: PLC0415
+    from sockhop.kernel.bpffs import lock_directory, require_bpffs  # noqa: PLC0415
+
+    pins = bpffs_path()
+    require_bpffs(pins)
+    if not pins.is_dir():
+        click.echo(f"nothing of ours is installed in {pins}")
+        return
+    with lock_directory(pins):
+        try:
+            sockets = len(balanced_sockets(pins))
+        except NotInstalled:
+            sockets = 0
+        remove_pins(pins)
+    api_path().unlink(missing_ok=True)
+    click.echo(f"detached; {sockets} live sockets lose their reverse translation")

@@ -1,0 +1,93 @@
+"""`sockhop`: finds the command, and turns what goes wrong into a sentence and an exit status."""
+
+import importlib
+import os
+import sys
+
+import click
+
+from sockhop import __version__
+from sockhop.cli.options import global_options
+from sockhop.errors import SockhopError
+
+__all__ = ["cli", "main"]
+
+# One module per command, imported only when it is asked for: --help and completion stay quick.
+_COMMANDS = {
+    "agent": "Follow service manifests and balance what they say.",
+    "bypass": "Let every connect pass untouched, at once (emergency switch).",
+    "completion": "Print the shell completion script.",
+    "demo": "Show the main job in a namespace of its own.",
+    "detach": "End balancing and remove everything of ours from the kernel.",
+    "features": "List what this kernel can do for sockhop.",
+    "get": "List services, backends or balanced sockets.",
+    "render": "Print the desired state that manifests describe.",
+    "status": "Say whether and how balancing works here.",
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"sockhop.cli.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(_COMMANDS.items()))
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Example: sockhop agent -f services.yaml",
+)
+@click.version_option(__version__, prog_name="sockhop", message="%(prog)s %(version)s")
+@global_options
+def cli() -> None:
+    """Balance, splice, sever and diagnose the sockets of this node.
+
+    Exit status: 0 done; 1 the answer is no; 2 usage or bad input; 3 the kernel or a permission
+    lacks something.
+    """
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        result = cli(standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except SockhopError as error:
+        return _complain(str(error), error.exit_status)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+    except BrokenPipeError:
+        # The reader has seen enough; nothing more can be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # noqa: BLE001 (no traceback ever reaches a user)
+        if os.environ.get("SOCKHOP_TRACEBACK"):
+            raise
+        return _complain(
+            f"internal error: {type(error).__name__}: {error}\n"
+            "  this is a bug in sockhop; SOCKHOP_TRACEBACK=1 shows where it happened",
+            1,
+        )
+
+
+def _complain(text: str, status: int) -> int:
+    click.echo(f"sockhop: {text}", err=True)
+    return status

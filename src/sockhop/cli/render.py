@@ -1,0 +1,62 @@
+"""`sockhop render`."""
+
+from pathlib import Path
+
+import click
+import msgspec
+
+from sockhop.cli.options import manifests_option, output_option
+from sockhop.cli.output import Column, print_rows, print_value
+from sockhop.model import Desired, Frontend, Service
+
+__all__ = ["command"]
+
+_COLUMNS = (
+    Column("SERVICE", "service"),
+    Column("FRONTEND", "frontend"),
+    Column("TYPE", "type"),
+    Column("BACKENDS", "backends"),
+    Column("ALGORITHM", "algorithm", wide=True),
+)
+
+
+class _Row(msgspec.Struct):
+    service: str
+    frontend: str
+    type: str
+    backends: list[str]
+    algorithm: str
+
+
+@click.command(epilog="Example: sockhop render -f services.yaml -o json")
+@manifests_option
+@click.option("--node-name", default="", help="Render for the Kubernetes node of this name.")
+@output_option
+def command(paths: tuple[Path, ...], node_name: str, output: str) -> None:
+    """Print the desired state that manifests describe. Needs no root, touches no kernel.
+
+    What is ignored is said on stderr.
+    """
+    from sockhop.sources.files import load  # noqa: PLC0415 (slow to import)
+
+    loaded = load(paths, node_name=node_name)
+    for warning in loaded.warnings:
+        click.echo(f"sockhop: {warning}", err=True)
+    if output in ("json", "yaml"):
+        print_value(loaded.desired, output)
+    else:
+        print_rows(_rows(loaded.desired), _COLUMNS, output)
+
+
+def _rows(desired: Desired) -> list[_Row]:
+    return [_row(service, frontend) for service, frontend in desired.frontends()]
+
+
+def _row(service: Service, frontend: Frontend) -> _Row:
+    return _Row(
+        service.name,
+        str(frontend),
+        frontend.type,
+        [str(backend) for backend in frontend.backends],
+        service.algorithm,
+    )
