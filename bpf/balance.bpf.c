@@ -2,7 +2,7 @@
 /* Balance: a connect() to a frontend becomes a connect() to one of its backends.
  *
  * A change of a service is atomic for readers. The word of a frontend names a generation; slots
- * are found by (frontend, generation, index). The agent writes the slots of a new generation,
+ * are found by (frontend, generation, position). The agent writes the slots of a new generation,
  * stores the word, waits for a grace period and only then deletes the old slots. Elements of a
  * BPF hash are reused as soon as they are deleted, under a reader's feet (kernel/bpf/hashtab.c),
  * so every value repeats its key, is copied before that key is compared, and a reader that finds
@@ -260,19 +260,19 @@ static __always_inline bool read_slot(const struct slot_key *key, struct slot *c
 	copy->alias = READ_ONCE(found->alias);
 	return READ_ONCE(found->key.frontend) == key->frontend &&
 	       READ_ONCE(found->key.generation) == key->generation &&
-	       READ_ONCE(found->key.index) == key->index;
+	       READ_ONCE(found->key.position) == key->position;
 }
 
 static __always_inline bool choose_weighted(struct slot_key *key, __u32 backends,
 					    struct slot *chosen)
 {
 	/* The high half of random * n is a fair index without a division. */
-	key->index = ((__u64)bpf_get_prandom_u32() * backends) >> 32;
+	key->position = ((__u64)bpf_get_prandom_u32() * backends) >> 32;
 	if (!read_slot(key, chosen))
 		return false;
 	if (bpf_get_prandom_u32() <= chosen->keep)
 		return true;
-	key->index = chosen->alias;
+	key->position = chosen->alias;
 	return read_slot(key, chosen);
 }
 

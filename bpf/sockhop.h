@@ -50,11 +50,11 @@ struct frontend {
 struct slot_key {
 	__u32 frontend;
 	__u32 generation;
-	__u32 index;
+	__u32 position;
 };
 
 /* One backend of one generation, with its share of Vose's alias table: the slot itself is taken
- * when a random u32 is at most `keep`, else the slot with the index `alias`.
+ * when a random u32 is at most `keep`, else the slot at position `alias`.
  */
 struct slot {
 	struct slot_key key;

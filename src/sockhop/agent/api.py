@@ -42,7 +42,8 @@ async def serve_api(application: web.Application, path: Path) -> web.AppRunner:
             os.umask(before)
     except OSError as error:
         raise SystemLackError(
-            f"{path}: {error.strerror or error}", hint="name another socket with --api (SOCKHOP_API)"
+            f"{path}: {error.strerror or error}",
+            hint="name another socket with --api (SOCKHOP_API)",
         ) from None
     runner = web.AppRunner(application, access_log=None)
     await runner.setup()

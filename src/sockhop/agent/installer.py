@@ -198,7 +198,9 @@ class Installer:
     def _publish(self, plan: Plan, generation: int) -> None:
         """Write the slots, then the words, then the keys: each names only what is there."""
         maps, entries = self._maps, self.installed.entries
-        changed = {key: InstalledEntry(e, self._free.pop(), generation) for key, e in plan.added.items()}
+        changed = {
+            key: InstalledEntry(e, self._free.pop(), generation) for key, e in plan.added.items()
+        }
         changed |= {
             key: InstalledEntry(entry, entries[key].id, generation)
             for key, entry in plan.flipped.items()
@@ -310,7 +312,7 @@ def _installed_entry(
     backends = tuple(
         Backend(unpack_address(slot.address), slot.port, STATES[slot.state], slot.weight)
         for key, slot in found
-        if key.index < count
+        if key.position < count
     )
     entry = Entry(service, FRONTEND_TYPES[record.type], FrontendFlag(record.flags), backends)
     return InstalledEntry(entry, record.id, generation)

@@ -139,7 +139,7 @@ def _socket_row(
 
 
 def _owners(inodes: set[int]) -> dict[int, list[str]]:
-    """Find who holds each socket inode: `command/pid` (proc_pid_fd(5)). Processes may go meanwhile."""
+    """Find who holds each socket inode, as `command/pid` (proc_pid_fd(5))."""
     found: defaultdict[int, list[str]] = defaultdict(list)
     for process in Path("/proc").iterdir() if inodes else ():
         if not process.name.isdecimal():

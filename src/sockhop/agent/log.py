@@ -25,7 +25,9 @@ def set_up_log(*, verbose: bool = False) -> None:
     """Send the log of sockhop to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     if sys.stderr.isatty():
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(
+            logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+        )
     else:
         handler.setFormatter(_Json())
     log = logging.getLogger("sockhop")

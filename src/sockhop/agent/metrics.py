@@ -54,7 +54,9 @@ class AgentCollector(Collector):
 
     def _maps_used(self) -> Iterator[Metric]:
         used = GaugeMetricFamily("sockhop_map_entries", "Entries in use.", labels=["map"])
-        size = GaugeMetricFamily("sockhop_map_max_entries", "Entries it has room for.", labels=["map"])
+        size = GaugeMetricFamily(
+            "sockhop_map_max_entries", "Entries it has room for.", labels=["map"]
+        )
         for name, entries, room in map_usage(self._maps):
             used.add_metric([name], entries)
             size.add_metric([name], room)
@@ -77,13 +79,22 @@ class AgentCollector(Collector):
     def _sources(self) -> Iterator[Metric]:
         state = self._state
         for name, text, value in (
-            ("source_error", "1 while the sources are broken: the last good state is in force.",
-             bool(state.source.error)),
-            ("sync_error", "1 while the kernel does not take what the sources say.",
-             bool(state.sync_error)),
+            (
+                "source_error",
+                "1 while the sources are broken: the last good state is in force.",
+                bool(state.source.error),
+            ),
+            (
+                "sync_error",
+                "1 while the kernel does not take what the sources say.",
+                bool(state.sync_error),
+            ),
             ("last_sync_timestamp_seconds", "When the last good sync ended.", state.synced_at),
-            ("last_sync_duration_seconds", "From reading the sources to the read-back.",
-             state.sync_seconds),
+            (
+                "last_sync_duration_seconds",
+                "From reading the sources to the read-back.",
+                state.sync_seconds,
+            ),
             ("generation", "Number of the last change of the installed state.", state.generation),
             ("services", "Services that are installed.", state.services),
             ("backends", "Backends that the services name.", state.backends),

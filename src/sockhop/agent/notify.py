@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+from contextlib import suppress
 
 __all__ = ["notify", "watchdog_interval"]
 
@@ -15,14 +16,13 @@ def notify(*assignments: str) -> None:
     if "RELOADING=1" in assignments:
         assignments += (f"MONOTONIC_USEC={time.monotonic_ns() // 1000}",)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-        try:
-            # A leading @ stands for the NUL of an abstract address.
+        # A leading @ stands for the NUL of an abstract address. Nobody listening any more is the
+        # manager's affair.
+        with suppress(OSError):
             channel.sendto(
                 "\n".join(assignments).encode(),
                 "\0" + address[1:] if address.startswith("@") else address,
             )
-        except OSError:
-            pass  # nobody listens any more; that is the manager's affair
 
 
 def watchdog_interval() -> float | None:

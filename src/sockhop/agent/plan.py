@@ -74,9 +74,7 @@ def make_plan(target: Target, installed: Installed) -> Plan:
         flipped={},
         relabelled={},
         removed={
-            key: old.entry
-            for key, old in installed.entries.items()
-            if key not in target.entries
+            key: old.entry for key, old in installed.entries.items() if key not in target.entries
         },
         members={
             member: backend

@@ -17,7 +17,9 @@ __all__ = ["command"]
 
 @click.command(epilog="Example: sockhop agent -f /etc/sockhop --metrics 127.0.0.1:9464")
 @manifests_option
-@click.option("--metrics", default="", metavar="HOST:PORT", help="Serve /metrics and /healthz here.")
+@click.option(
+    "--metrics", default="", metavar="HOST:PORT", help="Serve /metrics and /healthz here."
+)
 @click.option("--node-name", default="", help="This node's name in Kubernetes.")
 @click.option("--detach-on-exit", is_flag=True, help="End balancing when the agent stops.")
 @click.option("-v", "--verbose", is_flag=True, help="Log more.")

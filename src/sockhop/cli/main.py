@@ -78,7 +78,7 @@ def _run() -> int:
         # The reader has seen enough; nothing more can be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:  # noqa: BLE001 (no traceback ever reaches a user)
+    except Exception as error:
         if os.environ.get("SOCKHOP_TRACEBACK"):
             raise
         return _complain(

@@ -6,7 +6,14 @@ from typing import Any, TypeVar
 
 import click
 
-__all__ = ["bpffs_path", "api_path", "cgroup_path", "global_options", "manifests_option", "output_option"]
+__all__ = [
+    "bpffs_path",
+    "api_path",
+    "cgroup_path",
+    "global_options",
+    "manifests_option",
+    "output_option",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -1,6 +1,5 @@
 """The balance programs and the pinned maps that they share with the agent."""
 
-import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -116,8 +115,8 @@ class BalanceMaps:
         found = self.setting(Setting.ABI)
         if found not in (0, ABI):
             raise SystemLackError(
-                f"{self._pins}: the maps were made by a version with ABI {found}, this one has {ABI}",
-                hint="use that version, or end balancing with its `sockhop detach` and start afresh",
+                f"{self._pins}: these maps have the ABI {found}, this version has {ABI}",
+                hint="use the version that made them, or start afresh after its `sockhop detach`",
             )
 
 
@@ -171,5 +170,5 @@ def remove_pins(pins: Path) -> None:
             for pin in sorted(directory.iterdir()):
                 pin.unlink()
             directory.rmdir()
-    if pins.is_dir() and not os.listdir(pins):
+    if pins.is_dir() and not any(pins.iterdir()):
         pins.rmdir()

@@ -87,7 +87,7 @@ class SlotKey(NamedTuple):
 
     frontend: int
     generation: int
-    index: int
+    position: int
 
 
 class SlotRecord(NamedTuple):

@@ -94,8 +94,7 @@ class Layouts:
             wanted = bytes if member.code.endswith("s") else int
             if fields[member.name] is not wanted:
                 raise ValueError(
-                    f"{kind.__name__}.{member.name} is not {wanted.__name__}, "
-                    f"as in struct {name}"
+                    f"{kind.__name__}.{member.name} is not {wanted.__name__}, as in struct {name}"
                 )
         return Codec(kind, _packer(members, self.size(name)))
 

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -22,8 +23,6 @@ _NO_BATCH = (errno.EINVAL, errno.EOPNOTSUPP, 524)
 
 
 def _integer(code: str) -> Codec[int]:
-    import struct  # noqa: PLC0415 (only here)
-
     return Codec(int, struct.Struct("=" + code))
 
 
@@ -124,6 +123,10 @@ class Map(Generic[K, V]):
     def keys(self) -> list[K]:
         """Return the keys of all entries, as :meth:`items` does."""
         return self._key.decode_many(self._dump()[0])
+
+    def used(self) -> int:
+        """Return how many entries there are."""
+        return len(self._dump()[0]) // self._key.size
 
     def update_many(self, entries: Iterable[tuple[K, V]]) -> None:
         """Store all *entries*, in order, in batches (Linux 5.6) where the kernel can."""

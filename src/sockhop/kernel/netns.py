@@ -36,22 +36,24 @@ def inode(path: Path = _SELF) -> int:
 @contextmanager
 def entered(path: Path) -> Iterator[None]:
     """Run the body in the network namespace at *path*: this thread only (setns(2))."""
-    before = os.open(_SELF, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        try:
-            target = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}") from None
-        try:
-            _setns(target, str(path))
-        finally:
-            os.close(target)
+    with _opened(_SELF) as before, _opened(path) as target:
+        _setns(target, str(path))
         try:
             yield
         finally:
             _setns(before, "the namespace of before")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    try:
+        yield fd
     finally:
-        os.close(before)
+        os.close(fd)
 
 
 def _setns(fd: int, name: str) -> None:

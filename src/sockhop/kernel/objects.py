@@ -1,6 +1,7 @@
 """BPF objects: the compiled programs of the package, loaded with libbpf."""
 
 import errno
+import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -52,7 +53,7 @@ def program_info(fd: int) -> ProgramInfo:
 
 
 class BpfObject:
-    """A loaded object. Its programs and unpinned maps go when it is closed and nothing uses them."""
+    """A loaded object. Its programs and maps go when it is closed, unless pinned or attached."""
 
     def __init__(
         self,
@@ -112,8 +113,6 @@ class BpfObject:
 
     def map(self, name: str, key: Codec[K], value: Codec[V]) -> Map[K, V]:
         """Return a map of the object, with a descriptor of its own."""
-        import os  # noqa: PLC0415
-
         return Map(os.dup(self.map_fd(name)), key, value)
 
     def _open(self, pins: Path | None) -> Any:
@@ -133,7 +132,8 @@ class BpfObject:
         return found
 
     def _programs(self) -> dict[str, Any]:
-        programs, program = {}, ffi.NULL
+        programs: dict[str, Any] = {}
+        program = ffi.NULL
         while True:
             program = lib.bpf_object__next_program(self._object, program)
             if program == ffi.NULL:
@@ -150,7 +150,7 @@ def _load_error(path: Path, pins: Path | None, number: int) -> SystemLackError:
         )
     if number == errno.EPERM and "verifier" not in log and "PROG LOAD LOG" not in log:
         return KernelError(f"loading {path.name}", number)
-    helper = re.search(r"(?:invalid|unknown) func (\S+)|program of this type cannot use helper (\S+)", log)
+    helper = re.search(r"(?:invalid|unknown) func (\S+)|this type cannot use helper (\S+)", log)
     lacks = f"the kernel lacks the helper {helper[1] or helper[2]}" if helper else ""
     return KernelError(
         f"loading {path.name}" + (f" with the pins in {pins}" if pins else ""),
