@@ -94,5 +94,7 @@ class Build(build):
 
 setup(
     cmdclass={"build": Build, "build_bpf": BuildBpf},
+    # One wheel for every Python >= 3.11: cffi's extension uses the stable ABI.
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
     cffi_modules=["src/sockhop/kernel/_libbpf_build.py:ffibuilder"],
 )
