@@ -15,14 +15,11 @@ def notify(*assignments: str) -> None:
         return
     if "RELOADING=1" in assignments:
         assignments += (f"MONOTONIC_USEC={time.monotonic_ns() // 1000}",)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-        # A leading @ stands for the NUL of an abstract address. Nobody listening any more is the
-        # manager's affair.
-        with suppress(OSError):
-            channel.sendto(
-                "\n".join(assignments).encode(),
-                "\0" + address[1:] if address.startswith("@") else address,
-            )
+    # A leading @ stands for the NUL of an abstract address.
+    to = "\0" + address[1:] if address.startswith("@") else address
+    channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    with channel, suppress(OSError):  # nobody listening any more is the manager's affair
+        channel.sendto("\n".join(assignments).encode(), to)
 
 
 def watchdog_interval() -> float | None:

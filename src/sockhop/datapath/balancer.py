@@ -123,12 +123,15 @@ class BalanceMaps:
 class Balancer:
     """The loaded balance programs. Closing it leaves attached programs and pinned maps in force."""
 
-    def __init__(self, pins: Path) -> None:
-        """Load the programs, making or reusing the maps pinned below *pins* (bpffs, locked)."""
+    def __init__(self, pins: Path, *, path: Path | None = None) -> None:
+        """Load the programs, making or reusing the maps pinned below *pins* (bpffs, locked).
+
+        *path*: another object file than the package's.
+        """
         self._pins = pins
         for directory in (map_directory(pins), link_directory(pins)):
             directory.mkdir(mode=0o700, exist_ok=True)
-        self._object = BpfObject(object_path("balance"), pins=map_directory(pins))
+        self._object = BpfObject(path or object_path("balance"), pins=map_directory(pins))
         try:
             self.maps = BalanceMaps(pins)
         except BaseException:
