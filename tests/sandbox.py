@@ -87,6 +87,8 @@ class ServerThread:
         with contextlib.suppress(OSError):
             while True:
                 _, sender = self._socket.recvfrom(2048)
+                if sender is None:  # close() has shut it down
+                    return
                 self._socket.sendto(self.name.encode(), sender)
 
     def close(self) -> None:

@@ -97,6 +97,8 @@ class Installer:
         if unreachable:
             grace_period()
             self._maps.slots.delete_many(unreachable)
+        named = {old.entry.service for old in self.installed.entries.values()}
+        self._remove_members([m for m in self.installed.members if m.service not in named])
 
     def apply(self, plan: Plan) -> int:
         """Make the maps what *plan* says; return the generation that the change got.
