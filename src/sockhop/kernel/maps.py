@@ -146,7 +146,7 @@ class Map(Generic[K, V]):
     def _update_batch(self, keys: bytes, values: bytes, n: int) -> int:
         count = ffi.new("__u32 *", n)
         result = lib.bpf_map_update_batch(self.fd, keys, values, count, ffi.NULL)
-        if -result in _NO_BATCH and not count[0]:
+        if -result in _NO_BATCH:
             self._batch = False
             return 0
         if result < 0:
