@@ -1,0 +1,325 @@
+"""The compact form of services: its types, and the services that it describes.
+
+`compact.schema.json` says the same as JSON Schema; its `$comment` lists what a schema cannot
+say.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal, NamedTuple
+
+from msgspec import UNSET, Meta, Struct, UnsetType, field
+
+from sockhop.model import (
+    BACKENDS_MAX,
+    NAME_MAX,
+    WEIGHT_MAX,
+    Algorithm,
+    Backend,
+    BackendState,
+    Frontend,
+    Protocol,
+    Service,
+    endpoint,
+)
+from sockhop.sources.documents import Document
+from sockhop.sources.fields import FieldError, FieldPath, parse_host, shown
+
+__all__ = ["AFFINITY_DEFAULT", "AFFINITY_MAX", "CompactClaim", "read_compact"]
+
+AFFINITY_MAX = 86400
+"""Longest affinity in seconds, as in Kubernetes (core/v1 ClientIPConfig.timeoutSeconds)."""
+
+AFFINITY_DEFAULT = 10800
+"""Affinity in seconds where no time is given, as in Kubernetes."""
+
+_MILLISECONDS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+_PROTOCOLS = {
+    "tcp": (Protocol.TCP,),
+    "udp": (Protocol.UDP,),
+    "tcp+udp": (Protocol.TCP, Protocol.UDP),
+}
+_ENDPOINT = '"address:port" with a port from 1 to 65535'
+_FRONTEND = f"{_ENDPOINT}, then nothing or one of /tcp, /udp, /tcp+udp"
+_UNAPPLIED = ("intent", "splice", "health", "clients")
+
+Name = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?\Z",
+        max_length=NAME_MAX,
+        description=f"a name of 1 to {NAME_MAX} letters, digits and . _ / -, "
+        "with a letter or digit at each end",
+    ),
+]
+Duration = Annotated[
+    str,
+    Meta(
+        pattern=r"^[1-9][0-9]{0,8}(ms|s|m|h|d)\Z",
+        description='a duration such as "500ms", "30s", "5m", "3h" or "1d"',
+    ),
+]
+AbsolutePath = Annotated[
+    str, Meta(pattern=r"^/[^\x00-\x1f\x7f]*\Z", description='a path that begins with "/"')
+]
+UrlPath = Annotated[
+    str, Meta(pattern=r"^/[!-~]*\Z", description='an HTTP path such as "/health", without blanks')
+]
+Weight = Annotated[
+    int, Meta(ge=0, le=WEIGHT_MAX, description=f"a whole number from 0 to {WEIGHT_MAX}")
+]
+Times = Annotated[int, Meta(ge=1, le=1000, description="a whole number from 1 to 1000")]
+
+
+class BackendForm(Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    """A backend with more than its address."""
+
+    address: str
+    weight: Weight = 1
+    state: BackendState = BackendState.ACTIVE
+
+
+class ClientAffinity(Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    """How long a client address stays with its backend."""
+
+    timeout: Duration | UnsetType = UNSET
+
+
+class SessionAffinity(Struct, frozen=True, forbid_unknown_fields=True):
+    """By what clients are told apart: their address."""
+
+    client_ip: ClientAffinity = field(name="clientIP")
+
+
+class Drain(Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    """After `drain` end what makes no progress, after `deadline` all that is left."""
+
+    drain: Duration
+    deadline: Duration | UnsetType = UNSET
+
+
+Action = Annotated[
+    Literal["leave", "sever", "resteer"] | Drain,
+    Meta(description="one of leave, sever, resteer, {drain: DURATION, deadline: DURATION}"),
+]
+
+
+class Triggers(Struct, frozen=True, forbid_unknown_fields=True):
+    """What should happen to live sockets when a backend or a permission goes."""
+
+    removed: Action | UnsetType = UNSET
+    terminating: Action | UnsetType = UNSET
+    quarantined: Action | UnsetType = UNSET
+    maintenance: Action | UnsetType = UNSET
+    denied: Action | UnsetType = UNSET
+
+
+class Intent(Struct, frozen=True, forbid_unknown_fields=True):
+    """Triggers by protocol."""
+
+    tcp: Triggers | UnsetType = UNSET
+    udp: Triggers | UnsetType = UNSET
+
+
+class HttpCheck(Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    """A request that a healthy backend answers."""
+
+    path: UrlPath
+
+
+class Health(Struct, frozen=True, forbid_unknown_fields=True):
+    """A check, how often, and after how many equal results it counts."""
+
+    http: HttpCheck
+    interval: Duration | UnsetType = UNSET
+    rise: Times | UnsetType = UNSET
+    fall: Times | UnsetType = UNSET
+
+
+class Clients(Struct, frozen=True, forbid_unknown_fields=True):
+    """Whose connections are balanced: network namespaces and cgroups by path."""
+
+    namespaces: Annotated[
+        Literal["host", "all"] | Annotated[list[AbsolutePath], Meta(min_length=1)],
+        Meta(description="host, all or a list of one or more paths"),
+    ] = "host"
+    cgroups: list[AbsolutePath] = []
+    exclude: list[AbsolutePath] = []
+
+
+class ServiceForm(Struct, frozen=True, forbid_unknown_fields=True):
+    """A service as written. `splice: off` is false to YAML 1.1, `on` is true."""
+
+    name: Name
+    frontends: Annotated[
+        list[str], Meta(min_length=1, description=f"a list of one or more of {_FRONTEND}")
+    ]
+    backends: Annotated[
+        list[
+            Annotated[
+                str | BackendForm,
+                Meta(description='"address:port" or {address, weight, state}'),
+            ]
+        ],
+        Meta(max_length=BACKENDS_MAX, description=f"a list of up to {BACKENDS_MAX} backends"),
+    ]
+    algorithm: Algorithm = Algorithm.RANDOM
+    session_affinity: SessionAffinity | UnsetType = field(name="sessionAffinity", default=UNSET)
+    intent: Intent | UnsetType = UNSET
+    splice: (
+        Annotated[Literal["auto", "on", "off"] | bool, Meta(description="one of auto, on, off")]
+        | UnsetType
+    ) = UNSET
+    health: Health | UnsetType = UNSET
+    clients: Clients | UnsetType = UNSET
+
+
+class CompactFile(Struct, frozen=True, forbid_unknown_fields=True):
+    """A whole document."""
+
+    version: Literal[1]
+    services: list[ServiceForm]
+
+
+class CompactClaim(NamedTuple):
+    """A service, and where it and each of its frontends stand in its document."""
+
+    service: Service
+    document: Document
+    path: FieldPath
+    frontend_paths: tuple[FieldPath, ...]
+
+
+def read_compact(document: Document, warnings: list[str]) -> Iterator[CompactClaim]:
+    """Read the services of a compact document; what is ignored goes to *warnings*.
+
+    Raises InputError.
+    """
+    for index, form in enumerate(document.decode(CompactFile).services):
+        path = ("services", index)
+        try:
+            frontends, indexes = _frontends(form)
+            service = Service(form.name, frontends, form.algorithm, _affinity(form))
+            _check_intent(form)
+        except FieldError as error:
+            raise document.error(error.under(*path)) from None
+        for text in _ignored(form, frontends):
+            warnings.append(f"{document.file}: service {form.name}: {text}")
+        places = tuple((*path, "frontends", number) for number in indexes)
+        yield CompactClaim(service, document, path, places)
+
+
+def _frontends(form: ServiceForm) -> tuple[tuple[Frontend, ...], list[int]]:
+    """Return the frontends, and of each the index of the text that it comes from."""
+    backends = _backends(form.backends)
+    ipv4 = tuple(backend for backend in backends if ":" not in backend.address)
+    # No IPv6 backend: the IPv4 ones serve as mapped addresses.
+    ipv6 = tuple(backend for backend in backends if ":" in backend.address) or ipv4
+    frontends, indexes = [], []
+    for index, text in enumerate(form.frontends):
+        listen, slash, names = text.partition("/")
+        protocols = _PROTOCOLS.get(names) if slash else (Protocol.TCP,)
+        try:
+            if protocols is None:
+                raise FieldError(shown(text), _FRONTEND)
+            address, port = _endpoint(listen, text, _FRONTEND)
+        except FieldError as error:
+            raise error.under("frontends", index) from None
+        fitting = ipv6 if ":" in address else ipv4
+        for protocol in protocols:
+            frontends.append(Frontend(address, port, protocol, backends=fitting))
+            indexes.append(index)
+    return tuple(frontends), indexes
+
+
+def _backends(forms: list[str | BackendForm]) -> list[Backend]:
+    backends = []
+    for index, form in enumerate(forms):
+        try:
+            if isinstance(form, str):
+                address, port = _endpoint(form, form, _ENDPOINT)
+                backends.append(Backend(address, port))
+            else:
+                address, port = _endpoint(form.address, form.address, _ENDPOINT, "address")
+                backends.append(Backend(address, port, form.state, form.weight))
+        except FieldError as error:
+            raise error.under("backends", index) from None
+    if len({(backend.address, backend.port) for backend in backends}) < len(backends):
+        raise _twice(backends)
+    return backends
+
+
+def _endpoint(text: str, whole: str, expected: str, *step: str) -> tuple[str, int]:
+    """Parse `address:port`, IPv6 in brackets. *whole*, *expected*, *step* are for the error."""
+    host, _, digits = text.rpartition(":")
+    port = int(digits) if digits.isdigit() and digits.isascii() and len(digits) <= 5 else 0
+    bracketed = host[:1] == "["
+    if bracketed and host[-1] == "]":
+        host = host[1:-1]
+    address = parse_host(host) if bracketed == (":" in host) else ""
+    if not address or not 1 <= port <= 65535 or digits[0] == "0":
+        unbracketed = text.count(":") > 1 and not bracketed
+        hint = 'an IPv6 address stands in brackets: "[fd00::10]:53"' if unbracketed else ""
+        raise FieldError(shown(whole), expected, path=step, hint=hint)
+    return address, port
+
+
+def _twice(backends: list[Backend]) -> FieldError:
+    seen: dict[tuple[str, int], int] = {}
+    for index, backend in enumerate(backends):
+        first = seen.setdefault((backend.address, backend.port), index)
+        if first != index:
+            found = f"{endpoint(backend.address, backend.port)} again (as in backends[{first}])"
+            return FieldError(found, "each backend once", path=("backends", index))
+    raise AssertionError("no backend is there twice")
+
+
+def _affinity(form: ServiceForm) -> int:
+    """Return the affinity in seconds."""
+    if form.session_affinity is UNSET:
+        return 0
+    timeout = form.session_affinity.client_ip.timeout
+    if timeout is UNSET:
+        return AFFINITY_DEFAULT
+    milliseconds = _milliseconds(timeout)
+    if milliseconds % 1000 or not 1000 <= milliseconds <= AFFINITY_MAX * 1000:
+        raise FieldError(
+            shown(timeout),
+            "whole seconds, from 1s to 1d",
+            path=("sessionAffinity", "clientIP", "timeout"),
+        )
+    return milliseconds // 1000
+
+
+def _check_intent(form: ServiceForm) -> None:
+    if form.intent is UNSET:
+        return
+    for protocol in ("tcp", "udp"):
+        triggers = getattr(form.intent, protocol)
+        if triggers is UNSET:
+            continue
+        for trigger in triggers.__struct_fields__:
+            action = getattr(triggers, trigger)
+            if not isinstance(action, Drain) or action.deadline is UNSET:
+                continue
+            if _milliseconds(action.deadline) < _milliseconds(action.drain):
+                raise FieldError(
+                    shown(action.deadline),
+                    f"no less than the time to drain, {action.drain}",
+                    path=("intent", protocol, trigger, "deadline"),
+                )
+
+
+def _milliseconds(duration: str) -> int:
+    digits = duration.rstrip("mshd")
+    return int(digits) * _MILLISECONDS[duration[len(digits) :]]
+
+
+def _ignored(form: ServiceForm, frontends: tuple[Frontend, ...]) -> Iterator[str]:
+    """Say what of a service has no effect."""
+    for frontend in frontends:
+        if form.backends and not frontend.backends:
+            yield f"frontend {frontend} has no backend: IPv6 ones cannot serve an IPv4 frontend"
+    keys = [key for key in _UNAPPLIED if getattr(form, key) not in (UNSET, "off", False)]
+    if keys:
+        verb = "is" if len(keys) == 1 else "are"
+        yield f"{', '.join(keys)} {verb} checked but not applied by this version"
