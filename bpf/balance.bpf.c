@@ -208,6 +208,15 @@ static __always_inline void remember(struct bpf_sock_addr *ctx, struct provenanc
 	bpf_map_update_elem(&settings, &which, &one, BPF_ANY);
 }
 
+/* The socket leaves the backend that it was given. */
+static __always_inline void forget(struct provenance *p)
+{
+	if (!p)
+		return;
+	live_remove(p);
+	p->backend = 0;
+}
+
 /* --- from a frontend to a backend ---------------------------------------------------------- */
 
 static __always_inline bool read_frontend(const struct frontend_key *key, struct frontend *copy)
@@ -322,20 +331,19 @@ static __always_inline enum verdict balance(struct bpf_sock_addr *ctx, struct fr
 	struct frontend frontend = {};
 	struct counters *n;
 
-	/* connect() again: whatever this socket was before, it no longer is. */
-	if (old) {
-		live_remove(old);
-		old->backend = 0;
-	}
-	if (!find_frontend(ctx, key, &frontend))
+	if (!find_frontend(ctx, key, &frontend)) {
+		forget(old);
 		return PASS;
+	}
 	n = bpf_map_lookup_elem(&counters, &frontend.id);
 	fresh.generation = choose(frontend.id, chosen);
 	if (!fresh.generation) {
+		/* A connected UDP socket stays where it is, and so does its provenance. */
 		if (n)
 			add(&n->no_backend, 1);
 		return NO_BACKEND;
 	}
+	forget(old);
 	copy_address(fresh.frontend_address, key->address);
 	copy_address(fresh.backend_address, chosen->address);
 	fresh.since = bpf_ktime_get_boot_ns();

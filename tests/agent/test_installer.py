@@ -144,7 +144,9 @@ def test_ids_stay_when_nothing_changes(maps: BalanceMaps) -> None:
 
 def test_a_backend_that_comes_back_has_another_id(maps: BalanceMaps) -> None:
     def web(*backends: Backend) -> Desired:
-        return Desired((Service("web", (Frontend("10.0.0.1", 80, Protocol.TCP, backends=backends),)),))
+        return Desired(
+            (Service("web", (Frontend("10.0.0.1", 80, Protocol.TCP, backends=backends),)),)
+        )
 
     installer = Installer(maps)
     become(installer, web(Backend("10.1.0.1", 80)))

@@ -15,8 +15,12 @@ __all__ = [
     "live_counts",
     "map_entries",
     "map_ids",
+    "netns_cookie",
     "programs_with",
 ]
+
+
+_SO_NETNS_COOKIE = 71
 
 
 class Attached(NamedTuple):
@@ -67,11 +71,16 @@ def attached(cgroup: Path) -> set[Attached]:
 
 def map_ids(pins: Path) -> set[int]:
     """Return the ids of all maps pinned in `maps/`."""
-    return {
-        bpftool("map", "show", "pinned", str(pin))["id"] for pin in (pins / "maps").iterdir()
-    }
+    return {bpftool("map", "show", "pinned", str(pin))["id"] for pin in (pins / "maps").iterdir()}
 
 
 def programs_with(maps: set[int]) -> set[int]:
     """Return the ids of all loaded programs that use one of *maps*: that makes them ours."""
     return {p["id"] for p in bpftool("prog", "show") if maps & set(p.get("map_ids", ()))}
+
+
+def netns_cookie() -> int:
+    """Return the cookie of this thread's network namespace, as its sockets tell it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        cookie = probe.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
+    return int(struct.unpack("=Q", cookie)[0])

@@ -88,7 +88,8 @@ def ask_blocking(host: str, port: int, kind: socket.SocketKind) -> str:
         except OSError as error:
             raise Unserved(error) from None
         assert client.getpeername()[:2] == (host, port)
-        client.send(b"who?")
+        if kind is socket.SOCK_DGRAM:  # over TCP the server speaks first
+            client.send(b"who?")
         return client.recv(100).decode()
 
 
@@ -105,7 +106,8 @@ def ask_nonblocking(host: str, port: int, kind: socket.SocketKind) -> str:
         if number:
             raise Unserved(OSError(number, os.strerror(number)))
         assert client.getpeername()[:2] == (host, port)
-        client.send(b"who?")
+        if kind is socket.SOCK_DGRAM:  # over TCP the server speaks first
+            client.send(b"who?")
         poller.register(client, select.POLLIN)
         assert poller.poll(SECONDS * 1000), "no answer"
         return client.recv(100).decode()
@@ -142,9 +144,7 @@ async def _ask_stream(host: str, port: int) -> str:
 async def _ask_datagram(host: str, port: int) -> str:
     loop = asyncio.get_running_loop()
     try:
-        transport, protocol = await loop.create_datagram_endpoint(
-            _Answer, remote_addr=(host, port)
-        )
+        transport, protocol = await loop.create_datagram_endpoint(_Answer, remote_addr=(host, port))
     except OSError as error:
         raise Unserved(error) from None
     try:

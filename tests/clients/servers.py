@@ -165,8 +165,6 @@ def postgreses(first_port: int) -> Iterator[Pair]:
         yield pair
 
 
-
-
 @contextlib.contextmanager
 def echoes(first_port: int, *, udp: bool) -> Iterator[Pair]:
     """Two servers of the test's own, TCP or UDP."""

@@ -26,8 +26,8 @@ DIALLED = {
 }
 # With two equal backends the chance that one is not met in so many connections is 2**-63.
 PLENTY = 64
-# ... and the chance that a removed one that is still in use goes unnoticed in so many, 2**-16.
-SOME = 4
+# ... and that a removed one that is still in use goes unnoticed, 2**-8 an address.
+SOME = 8
 
 
 class Client(NamedTuple):

@@ -63,7 +63,12 @@ def install(installer: Installer, parity: int) -> None:
 
 
 def hammer(
-    sandbox: Sandbox, *, flips: int, seconds: float, write: Write = install, path: Path | None = None
+    sandbox: Sandbox,
+    *,
+    flips: int,
+    seconds: float,
+    write: Write = install,
+    path: Path | None = None,
 ) -> Result:
     """Flip all services to and fro until *flips* are done or *seconds* are over."""
     sandbox.pins.mkdir(mode=0o700)

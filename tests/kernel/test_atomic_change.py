@@ -74,9 +74,7 @@ def test_plain_slots_are_noticed(sandbox: Sandbox, tmp_path: Path) -> None:
     assert result.misses + result.wrong > 0
 
 
-def test_words_before_slots_are_noticed(
-    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_words_before_slots_are_noticed(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """The flip in the wrong order: the word names slots that are not there yet."""
 
     def publish_words_first(self: Installer, plan, generation: int) -> None:  # type: ignore[no-untyped-def]

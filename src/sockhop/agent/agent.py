@@ -32,6 +32,7 @@ _LOG = logging.getLogger(__name__)
 _SETTLE = 0.01
 """Seconds from the first sign of a change to reading: an editor's write comes in parts."""
 _COUNTERS_EVERY = 5.0
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class AgentOptions(msgspec.Struct, frozen=True):
@@ -77,6 +78,8 @@ def run_agent(options: AgentOptions) -> None:
                 remove_pins(options.pins)
             raise
         asyncio.run(agent.follow(listen))
+        for number in _STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # an impatient second one must not cut this short
         if options.detach_on_exit:
             remove_pins(options.pins)
 
@@ -105,7 +108,7 @@ class _Agent:
                 loop = asyncio.get_running_loop()
                 loop.add_reader(watcher.fileno(), self._on_change, watcher)
                 loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
-                for number in (signal.SIGTERM, signal.SIGINT):
+                for number in _STOP_SIGNALS:
                     loop.add_signal_handler(number, self._on_stop)
                 _LOG.info("balancing %d services", self._state.services)
                 # Something may have changed between the first reading and the watch.
@@ -121,10 +124,10 @@ class _Agent:
         ready = False
         while True:
             await self._wake.wait()
+            self._wake.clear()
             if self._stopping:
                 return
             await asyncio.sleep(_SETTLE)
-            self._wake.clear()
             self.sync.run()
             status = f"STATUS={self._state.services} services, generation {self._state.generation}"
             notify(status) if ready else notify("READY=1", status)

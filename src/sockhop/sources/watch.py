@@ -145,7 +145,8 @@ class FileWatcher:
         for _ in range(_ARM_TRIES):
             wanted: dict[Path, _Watch] = {}
             for path in self._paths:
-                _follow(path, wanted)
+                if directory := _follow(path, wanted):
+                    _follow_entries(directory, wanted)
             if wanted == before:
                 return
             self._watch(wanted)
@@ -166,8 +167,11 @@ class FileWatcher:
         self._watches = watches
 
 
-def _follow(path: Path, wanted: dict[Path, _Watch]) -> None:
-    """Add to *wanted* what to watch on the way to an absolute path, as far as it exists."""
+def _follow(path: Path, wanted: dict[Path, _Watch]) -> Path | None:
+    """Add to *wanted* what to watch on the way to an absolute path, as far as it exists.
+
+    Returns the directory that it leads to, None if it leads to none.
+    """
     here, names, links = Path("/"), list(reversed(path.parts[1:])), 0
     while names:
         name = names.pop()
@@ -180,27 +184,24 @@ def _follow(path: Path, wanted: dict[Path, _Watch]) -> None:
             mode = entry.lstat().st_mode
             target = entry.readlink() if stat.S_ISLNK(mode) else None
         except (OSError, ValueError):
-            return
+            return None
         if target:
             links += 1
             if links > _LINKS_MAX:
-                return
+                return None
             here = Path("/") if target.is_absolute() else here
             names += reversed(target.parts[target.is_absolute() :])
         elif stat.S_ISDIR(mode):
             here = entry
         else:
             _want(wanted, entry, _FILE)
-            return
-    _follow_directory(here, wanted)
+            return None
+    return here
 
 
-def _follow_directory(directory: Path, wanted: dict[Path, _Watch]) -> None:
-    """Add a directory of manifests; those that are symbolic links lead elsewhere."""
-    watch = _want(wanted, directory, _DIRECTORY | _FILE)
-    if watch.manifests:
-        return
-    watch.manifests = True
+def _follow_entries(directory: Path, wanted: dict[Path, _Watch]) -> None:
+    """Add a directory's manifests; those that are symbolic links lead elsewhere."""
+    _want(wanted, directory, _DIRECTORY | _FILE).manifests = True
     try:
         with os.scandir(directory) as entries:
             links = [e.name for e in entries if is_manifest_name(e.name) and e.is_symlink()]

@@ -1,0 +1,285 @@
+"""The agent as a process: follows its sources, survives its own death, says what is wrong."""
+
+import json
+import os
+import random
+import signal
+import socket
+import threading
+import time
+import urllib.request
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.sandbox import Agent, Sandbox, ServerThread, compact, publish, wait_until
+
+pytestmark = pytest.mark.kernel
+
+VIP = "10.0.0.10"
+
+
+def web(*backends: ServerThread, vip: str = VIP) -> str:
+    return compact(
+        web={"frontends": [f"{vip}:80"], "backends": [server.endpoint for server in backends]}
+    )
+
+
+def ask(address: str = VIP, port: int = 80) -> str:
+    with socket.create_connection((address, port), timeout=5) as client:
+        return client.recv(100).decode()
+
+
+def asked(n: int = 40) -> set[str]:
+    return {ask() for _ in range(n)}
+
+
+@pytest.fixture
+def servers(sandbox: Sandbox):  # type: ignore[no-untyped-def]
+    with ServerThread("one", "10.96.0.1") as one, ServerThread("two", "10.96.0.1") as two:
+        yield one, two
+
+
+def test_a_changed_manifest_is_followed(sandbox: Sandbox, servers: list[ServerThread]) -> None:
+    one, two = servers
+    path = sandbox.manifest(web(one))
+    with pytest.raises(OSError, match="unreachable"):
+        ask()
+    with sandbox.agent(path):
+        assert asked() == {"one"}
+        publish(path, web(one, two))
+        wait_until(lambda: asked() == {"one", "two"}, "both backends to serve")
+        publish(path, web(two))
+        wait_until(lambda: asked() == {"two"}, "only the second to serve")
+        publish(path, compact())
+        wait_until(lambda: not json.loads(sandbox.sockhop("get", "services", "-o", "json").stdout),
+                   "no services")  # fmt: skip
+        with pytest.raises(OSError, match="unreachable"):
+            ask()
+
+
+def test_no_backend_is_said_at_once(sandbox: Sandbox) -> None:
+    path = sandbox.manifest(web())
+    with sandbox.agent(path, "--metrics", "127.0.0.1:9464") as agent:
+        begin = time.monotonic()
+        with pytest.raises(OSError, match="No route to host"):
+            ask()
+        assert time.monotonic() - begin < 1
+        rejected = 'sockhop_connects_total{protocol="tcp",result="no_backend",service="web"} 1.0'
+        assert rejected in scrape("/metrics")
+        wait_until(lambda: "1 connects rejected (EHOSTUNREACH)" in agent.log.read_text(),
+                   "the rejection in the log")  # fmt: skip
+
+
+def scrape(path: str) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:9464{path}", timeout=5) as answer:
+        return str(answer.read().decode())
+
+
+@pytest.mark.parametrize(
+    ("broken", "complaint"),
+    [
+        ("version: 1\nservices: [{name: web, frontends: ['10.0.0.10:80'], backends: [7]}]", "7"),
+        ("", "found no document"),
+        (None, "no such file"),
+    ],
+    ids=["broken", "empty", "missing"],
+)
+def test_a_broken_source_keeps_the_last_good_state(
+    sandbox: Sandbox, servers: list[ServerThread], broken: str | None, complaint: str
+) -> None:
+    path = sandbox.manifest(web(servers[0]))
+    with sandbox.agent(path, "--metrics", "127.0.0.1:9464") as agent:
+        assert "sockhop_source_error 0.0" in scrape("/metrics")
+        generation = agent.status()["generation"]
+        if broken is None:
+            path.unlink()
+        else:
+            publish(path, broken)
+        error = wait_until(lambda: agent.status()["source"]["error"], "the error in status")
+        assert str(path) in error
+        assert complaint in error.lower()
+        assert "sockhop_source_error 1.0" in scrape("/metrics")
+        assert complaint in scrape("/healthz").lower()
+        assert sandbox.sockhop("status", check=False).returncode == 1
+        assert str(path) in agent.log.read_text()
+        assert asked() == {"one"}
+        publish(path, web(*servers))
+        wait_until(lambda: not agent.status()["source"]["error"], "the error to go")
+        assert agent.wait_generation(generation) == generation + 1
+        assert asked() == {"one", "two"}
+        assert sandbox.sockhop("status").returncode == 0
+
+
+def test_a_broken_source_at_the_start_changes_nothing(
+    sandbox: Sandbox, servers: list[ServerThread]
+) -> None:
+    bad = sandbox.manifest("version: 1\nservices: [{name: web}", "bad.yaml")
+    result = sandbox.sockhop("agent", "-f", str(bad), check=False)
+    assert result.returncode == 2
+    assert "bad.yaml:" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not sandbox.pins.exists()
+    with sandbox.agent(sandbox.manifest(web(servers[0]))) as agent:
+        assert agent.stop() == 0
+        assert sandbox.sockhop("agent", "-f", str(bad), check=False).returncode == 2
+        assert asked() == {"one"}
+
+
+def test_the_datapath_outlives_the_agent(sandbox: Sandbox, servers: list[ServerThread]) -> None:
+    path = sandbox.manifest(web(*servers))
+    with sandbox.agent(path) as agent:
+        before = json.loads(sandbox.sockhop("get", "backends", "-o", "json").stdout)
+        assert agent.stop() == 0
+        assert "goes on balancing" in agent.log.read_text()
+    assert asked() == {"one", "two"}
+    assert sandbox.sockhop("status", check=False).returncode == 1
+    with sandbox.agent(path) as agent:
+        assert json.loads(sandbox.sockhop("get", "backends", "-o", "json").stdout) == before
+        assert asked() == {"one", "two"}
+        # Nothing differed, so nothing was written.
+        assert agent.status()["generation"] == 1
+
+
+def test_detach_on_exit(sandbox: Sandbox, servers: list[ServerThread]) -> None:
+    with sandbox.agent(sandbox.manifest(web(*servers)), "--detach-on-exit") as agent:
+        assert ask() in ("one", "two")
+        assert agent.stop(signal.SIGINT) == 0
+    assert not sandbox.pins.exists()
+    with pytest.raises(OSError, match="unreachable"):
+        ask()
+
+
+def test_a_second_agent_is_refused(sandbox: Sandbox, servers: list[ServerThread]) -> None:
+    path = sandbox.manifest(web(*servers))
+    with sandbox.agent(path) as agent:
+        result = sandbox.sockhop("agent", "-f", str(path), check=False)
+        assert result.returncode == 3
+        assert "another sockhop process is working here" in result.stderr
+        # The first one's socket still answers.
+        assert agent.status()["pid"] == agent.process.pid
+
+
+def test_notifications_and_hangup(sandbox: Sandbox, servers: list[ServerThread]) -> None:
+    path = sandbox.manifest(web(servers[0]))
+    with sandbox.agent(path) as agent:
+        # A filesystem without inotify events: only SIGHUP tells.
+        agent.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: "SIGHUP" in agent.log.read_text(), "the hangup in the log")
+        agent.stop()
+        agent_said = agent.log.read_text()
+    for line in agent_said.splitlines():
+        assert {"time", "level", "message"} == json.loads(line).keys()
+
+
+def test_the_watchdog_is_fed(
+    sandbox: Sandbox, servers: list[ServerThread], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "200000")
+    agent = sandbox.start_agent("-f", str(sandbox.manifest(web(servers[0])))).wait_ready()
+    agent.notified.settimeout(5)
+    messages = [agent.notified.recv(4096).decode() for _ in range(5)]
+    assert messages.count("WATCHDOG=1") >= 4
+    agent.process.send_signal(signal.SIGTERM)
+    while "STOPPING=1" not in agent.notified.recv(4096).decode():
+        pass
+    assert agent.process.wait(20) == 0
+
+
+class Loop:
+    """Connects all the time; counts answers and failures."""
+
+    def __init__(self, *addresses: str) -> None:
+        self.answers: Counter[str] = Counter()
+        self.failures: list[str] = []
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(a,)) for a in addresses]
+        self.began = time.monotonic()
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, address: str) -> None:
+        while not self._stop.is_set():
+            try:
+                with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+                    client.connect((address, 80))
+                    if client.getpeername() != (address, 80):
+                        raise OSError(f"getpeername() is {client.getpeername()}")
+                    self.answers["udp"] += 1
+                with socket.create_connection((address, 80), timeout=5) as client:
+                    self.answers[client.recv(100).decode()] += 1
+            except OSError as error:
+                self.failures.append(f"{time.monotonic() - self.began:.3f} s: {error!r}")
+
+    def stop(self) -> float:
+        """End it and return the connects per second."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(10)
+        return self.answers.total() / (time.monotonic() - self.began)
+
+
+KILLS = int(os.environ.get("SOCKHOP_KILLS", "20"))
+
+
+@pytest.mark.timeout(3600)
+def test_killed_at_random_moments(sandbox: Sandbox, servers: list[ServerThread]) -> None:
+    """SIGKILL while manifests change and clients connect: no connect fails."""
+    seed = int(os.environ.get("SOCKHOP_SEED", random.SystemRandom().randrange(1 << 32)))
+    print(f"SOCKHOP_SEED={seed}, {KILLS} kills")
+    chance = random.Random(seed)
+    path = sandbox.manifest(random_state(chance, servers))
+    sandbox.start_agent("-f", str(path)).wait_ready()
+    loop = Loop(VIP, VIP)
+    try:
+        agent = sandbox._agents[-1]
+        for _ in range(KILLS):
+            churn(chance, path, servers, until=time.monotonic() + chance.uniform(0, 0.7))
+            agent.stop(signal.SIGKILL)
+            assert "Traceback" not in agent.log.read_text()
+            agent = sandbox.start_agent("-f", str(path))
+            if chance.random() < 0.7:
+                agent.wait_ready()
+    finally:
+        rate = loop.stop()
+    print(f"{loop.answers.total():,} connects, {rate:,.0f} a second, {loop.answers}")
+    assert not loop.failures, f"SOCKHOP_SEED={seed}: {loop.failures[:5]}"
+    assert loop.answers["one"]
+    assert loop.answers["two"]
+    settle(sandbox, agent, path, servers)
+
+
+def random_state(chance: random.Random, servers: list[ServerThread]) -> str:
+    """A manifest in which the VIP always has a backend, among services that come and go."""
+    some = chance.sample(servers, chance.randint(1, len(servers)))
+    names = ["TCP", "UDP", *[f"extra{i}" for i in range(chance.randint(0, 20))]]
+    services = {
+        name: {
+            "frontends": [f"10.0.1.{i}:80"] if i > 1 else [f"{VIP}:80/{name.lower()}"],
+            "backends": [
+                {"address": server.endpoint, "weight": chance.randint(1, 5)} for server in some
+            ],
+        }
+        for i, name in enumerate(names)
+    }
+    return compact(**services)
+
+
+def churn(chance: random.Random, path: Path, servers: list[ServerThread], *, until: float) -> None:
+    while time.monotonic() < until:
+        publish(path, random_state(chance, servers))
+        time.sleep(chance.uniform(0, 0.05))
+
+
+def settle(sandbox: Sandbox, agent: Agent, path: Path, servers: list[ServerThread]) -> None:
+    """After all that, a change is still followed, and nothing but it is in the maps."""
+    publish(path, web(servers[0]))
+    wait_until(lambda: asked() == {"one"}, "the last state")
+    rows = json.loads(sandbox.sockhop("get", "services", "-o", "json").stdout)
+    assert [row["frontend"] for row in rows] == [f"{VIP}:80/tcp"]
+    used = json.loads(sandbox.sockhop("status", "-o", "json").stdout)["maps"]
+    assert {u["map"]: u["used"] for u in used if u["map"] != "live"} == {
+        "frontends": 1, "slots": 1, "backends": 1, "services": 1
+    }  # fmt: skip
+    assert agent.stop() == 0
