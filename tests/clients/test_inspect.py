@@ -1,5 +1,6 @@
 """`get` and `status` tell what is there: the sockets themselves and bpftool say the same."""
 
+import errno
 import json
 import os
 import re
@@ -23,13 +24,14 @@ from tests.sandbox import Agent, Sandbox, compact, wait_until
 pytestmark = pytest.mark.kernel
 
 SO_COOKIE = 57
-WEB, WEB6, NOBODY = "10.96.0.10", "fd00:96::10", "10.96.0.13"
+WEB, WEB6, NOBODY, REFUSING = "10.96.0.10", "fd00:96::10", "10.96.0.13", "10.96.0.12"
 WEB_BACKEND, DNS_BACKEND, DNS6_BACKEND = "127.0.0.1:7001", "127.0.0.1:7002", "[::1]:7002"
 MANIFEST = compact(
     web={"frontends": [f"{WEB}:80"], "backends": [WEB_BACKEND]},
     dns={"frontends": [f"{WEB}:53/udp", f"[{WEB6}]:53/udp"],
          "backends": [DNS_BACKEND, DNS6_BACKEND]},
     nobody={"frontends": [f"{NOBODY}:80"], "backends": []},
+    refusing={"frontends": [f"{REFUSING}:80"], "backends": ["10.96.0.1:9"]},
 )  # fmt: skip
 
 
@@ -42,7 +44,7 @@ class Node(NamedTuple):
 def node() -> Iterator[Node]:
     # It accepts nothing: connections stay established in its queue.
     with (
-        Sandbox() as made,
+        Sandbox(loopback=("10.96.0.1/32",)) as made,
         socket.create_server(("127.0.0.1", 7001), backlog=64),
         made.agent(made.manifest(MANIFEST)) as agent,
     ):
@@ -144,6 +146,23 @@ def test_get_sockets(node: Node, elsewhere: tuple[int, str, str]) -> None:
         assert re.fullmatch(r"\d+s", shown[udp_name]["AGE"])
 
 
+def test_get_sockets_leaves_out_those_that_are_elsewhere_by_now(node: Node) -> None:
+    with (
+        socket.socket() as refused,
+        connected(WEB, 53, socket.SOCK_DGRAM) as moved,
+        connected(WEB, 53, socket.SOCK_DGRAM) as stays,
+    ):
+        assert refused.connect_ex((REFUSING, 80)) == errno.ECONNREFUSED
+        # In bypass no hook sees that the socket goes elsewhere.
+        node.sandbox.sockhop("bypass", "on")
+        try:
+            moved.connect(("127.0.0.1", 9))
+        finally:
+            node.sandbox.sockhop("bypass", "off")
+        rows = sockhop(node, "get", "sockets")
+        assert [row["cookie"] for row in rows] == [cookie_of(stays)]
+
+
 def test_get_sockets_without_any(node: Node) -> None:
     assert sockhop(node, "get", "sockets") == []
     assert rows_of(node.sandbox.sockhop("get", "sockets").stdout) == []
@@ -173,6 +192,7 @@ def test_get_services_counts_what_clients_did(node: Node) -> None:
         f"{WEB}:53/udp": (0, 0),
         f"[{WEB6}]:53/udp": (1, 0),
         f"{NOBODY}:80/tcp": (0, 3),
+        f"{REFUSING}:80/tcp": (0, 0),
     }
 
 
@@ -185,6 +205,7 @@ def test_get_services_names_each_frontend(node: Node) -> None:
         ("dns", f"[{WEB6}]:53/udp", everywhere, 0),
         ("dns", f"[{WEB6}]:53/udp", home, 1),
         ("nobody", f"{NOBODY}:80/tcp", everywhere, 0),
+        ("refusing", f"{REFUSING}:80/tcp", everywhere, 1),
         ("web", f"{WEB}:80/tcp", everywhere, 0),
         ("web", f"{WEB}:80/tcp", home, 1),
     ]
@@ -206,6 +227,7 @@ def test_get_backends_shows_live_sockets(node: Node, elsewhere: tuple[int, str, 
             ("web", WEB_BACKEND, "TCP"): 2,
             ("dns", DNS_BACKEND, "UDP"): 1,
             ("dns", DNS6_BACKEND, "UDP"): 1,
+            ("refusing", "10.96.0.1:9", "TCP"): 0,
         }
         assert {(row["state"], row["weight"]) for row in rows} == {("active", 1)}
         ids = dict(bpftool.map_entries(node.sandbox.pins, "backends"))
@@ -225,14 +247,14 @@ def test_status(node: Node) -> None:
         assert used[name] == len(bpftool.map_entries(sandbox.pins, name)), name
     told = status["agent"]
     assert told["pid"] == agent.process.pid
-    assert (told["services"], told["frontends"], told["backends"]) == (3, 4, 3)
+    assert (told["services"], told["frontends"], told["backends"]) == (4, 5, 4)
     assert (told["cgroup"], told["bpffs"]) == (str(sandbox.cgroup), str(sandbox.pins))
     assert (told["source"]["error"], told["sync_error"]) == ("", "")
     lines = dict(re.split(r"  +", line, maxsplit=1) for line in
                  sandbox.sockhop("status").stdout.splitlines())  # fmt: skip
     assert lines["balancing"] == "yes"
     assert lines["agent"].startswith(f"pid {agent.process.pid}, ")
-    assert "3 services, 4 frontends, 3 backends" in lines["installed"]
+    assert "4 services, 5 frontends, 4 backends" in lines["installed"]
 
 
 @pytest.mark.parametrize(
@@ -264,7 +286,7 @@ def test_without_agent_and_without_anything(sandbox: Sandbox) -> None:
     # The agent is gone, balancing goes on: that is not all well.
     status, said = exits("status")
     assert (status, "not running" in said) == (1, True)
-    assert len(json.loads(exits("get", "services", "-o", "json")[1])) == 7
+    assert len(json.loads(exits("get", "services", "-o", "json")[1])) == 8
     assert "detached; 0 live sockets" in exits("detach")[1]
     wait_until(lambda: not bpftool.attached(sandbox.cgroup), "no program on the cgroup", 5)
     assert exits("detach")[0] == 0
