@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from sockhop.errors import InputError
-from sockhop.sources.fields import FieldError, FieldPath, mismatch, path_text, shown
+from sockhop.sources.fields import FieldError, FieldPath, mismatch, path_text
 from sockhop.sources.yamlio import Located, YamlError, load_all, locate
 
 __all__ = ["Document", "is_manifest_name", "read_documents"]
@@ -20,6 +20,7 @@ FILE_MAX = 256 * 2**20
 
 _JSON = ".json"
 _SUFFIXES = (".yaml", ".yml", _JSON)
+_NOTHING_HINT = 'to ask for no services at all, write "version: 1" and "services: []"'
 _BOM = b"\xef\xbb\xbf"
 
 _DECODERS: dict[Any, Any] = {}
@@ -76,7 +77,7 @@ class Document:
             raise _json_error(self._file, error) from None
 
     def items(self) -> Iterator["Document"]:
-        """Return the items of a `List` as documents. Raises InputError."""
+        """Return the items of a `List` as documents. Raises InputError, also for none."""
         items: list[Any]
         if self._file.is_json:
             try:
@@ -85,6 +86,9 @@ class Document:
                 items = self.decode(_Items).items
         else:
             items = self.decode(_Items).items
+        if not items:
+            error = FieldError("an empty list", "objects", path=("items",), hint=_NOTHING_HINT)
+            raise self.error(error)
         for index, item in enumerate(items):
             yield Document(self._file, self._number, item, (*self._prefix, "items", index))
 
@@ -168,7 +172,7 @@ def _read(path: Path) -> list[Document]:
     if not documents:
         raise InputError(
             f"{title}: found no document, expected services",
-            hint='to ask for no services at all, write "version: 1" and "services: []"',
+            hint=_NOTHING_HINT,
         )
     return documents
 
@@ -247,4 +251,4 @@ def _place(title: str, line: int, document: int) -> str:
 
 def _printable(path: Path) -> str:
     text = os.fspath(path)
-    return text if text.isprintable() else shown(text)
+    return text if text.isprintable() else repr(text)

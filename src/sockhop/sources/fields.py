@@ -106,7 +106,9 @@ def mismatch(kind: Any, value: object) -> FieldError:
     return FieldError(
         shown(value),
         _expected(kind),
-        hint=_did_you_mean(value, choices) if isinstance(value, str) and value not in choices else "",
+        hint=_did_you_mean(value, choices)
+        if isinstance(value, str) and value not in choices
+        else "",
         quote=str in members and isinstance(value, (bool, int, float)),
     )
 
