@@ -118,10 +118,47 @@ int setns(int fd, int nstype);
 int sockhop_membarrier(int cmd);
 #define CLONE_NEWNET ...
 #define MEMBARRIER_CMD_GLOBAL ...
+
+/* --- probes of what the kernel can do ------------------------------------------------------ */
+int sockhop_probe_map(int type, int key_size, int value_size, int entries, int flags, int btf_fd);
+int sockhop_probe_program(int type, int attach_type, int attach_btf_id, const void *instructions,
+                          int count, char *log, int log_size);
+int sockhop_probe_kprobe(int pmu, const char *function);
+int sockhop_probe_memlock(void);
+int sockhop_jited_size(int prog_fd);
+int bpf_btf_load(const void *btf_data, size_t btf_size, const void *opts);
+int bpf_raw_tracepoint_open(const char *name, int prog_fd);
+struct btf *btf__load_vmlinux_btf(void);
+#define BTF_KIND_FUNC ...
+#define BTF_KIND_TYPEDEF ...
+#define BPF_SK_MSG_VERDICT ...
+#define BPF_TRACE_FENTRY ...
+#define BPF_TRACE_RAW_TP ...
+#define BPF_MAP_TYPE_ARRAY ...
+#define BPF_MAP_TYPE_HASH ...
+#define BPF_MAP_TYPE_LRU_HASH ...
+#define BPF_MAP_TYPE_RINGBUF ...
+#define BPF_MAP_TYPE_SK_STORAGE ...
+#define BPF_MAP_TYPE_SOCKHASH ...
+#define BPF_PROG_TYPE_CGROUP_SOCK ...
+#define BPF_PROG_TYPE_CGROUP_SOCK_ADDR ...
+#define BPF_PROG_TYPE_KPROBE ...
+#define BPF_PROG_TYPE_SK_MSG ...
+#define BPF_PROG_TYPE_SOCK_OPS ...
+#define BPF_PROG_TYPE_TRACING ...
+#define BPF_FUNC_get_netns_cookie ...
+#define BPF_FUNC_get_socket_cookie ...
+#define BPF_FUNC_ktime_get_boot_ns ...
+#define BPF_FUNC_msg_redirect_hash ...
+#define BPF_FUNC_set_retval ...
+#define BPF_FUNC_sk_storage_get ...
+#define BPF_FUNC_sock_hash_update ...
+#define BPF_F_NO_PREALLOC ...
 """
 
 SOURCE = r"""
 #define _GNU_SOURCE
+#include <errno.h>
 #include <sched.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -133,6 +170,7 @@ SOURCE = r"""
 #include <linux/bpf.h>
 #include <linux/btf.h>
 #include <linux/membarrier.h>
+#include <linux/perf_event.h>
 #include <bpf/bpf.h>
 #include <bpf/btf.h>
 #include <bpf/libbpf.h>
@@ -191,6 +229,58 @@ static int sockhop_iter_link(int prog_fd, int map_fd)
 static int sockhop_membarrier(int cmd)
 {
     return syscall(SYS_membarrier, cmd, 0, 0);
+}
+
+/* Key and value of a map with BTF have its type 1. */
+static int sockhop_probe_map(int type, int key_size, int value_size, int entries, int flags,
+                             int btf_fd)
+{
+    LIBBPF_OPTS(bpf_map_create_opts, opts, .map_flags = flags);
+
+    if (btf_fd >= 0) {
+        opts.btf_fd = btf_fd;
+        opts.btf_key_type_id = opts.btf_value_type_id = 1;
+    }
+    return bpf_map_create(type, "sockhop_probe", key_size, value_size, entries, &opts);
+}
+
+static int sockhop_probe_program(int type, int attach_type, int attach_btf_id,
+                                 const void *instructions, int count, char *log, int log_size)
+{
+    LIBBPF_OPTS(bpf_prog_load_opts, opts, .expected_attach_type = attach_type,
+                .attach_btf_id = attach_btf_id, .log_buf = log, .log_size = log_size,
+                .log_level = 1);
+
+    return bpf_prog_load(type, "sockhop_probe", "GPL", instructions, count, &opts);
+}
+
+static int sockhop_probe_kprobe(int pmu, const char *function)
+{
+    struct perf_event_attr attr = {
+        .type = pmu, .size = sizeof(attr), .disabled = 1, .kprobe_func = (uintptr_t)function,
+    };
+    int fd = syscall(SYS_perf_event_open, &attr, -1, 0, -1, PERF_FLAG_FD_CLOEXEC);
+
+    return fd < 0 ? -errno : fd;
+}
+
+/* Not through libbpf, which raises RLIMIT_MEMLOCK first. */
+static int sockhop_probe_memlock(void)
+{
+    union bpf_attr attr = { .map_type = BPF_MAP_TYPE_ARRAY, .key_size = 4, .value_size = 4,
+                            .max_entries = 1 };
+    int fd = syscall(SYS_bpf, BPF_MAP_CREATE, &attr, sizeof(attr));
+
+    return fd < 0 ? -errno : fd;
+}
+
+static int sockhop_jited_size(int prog_fd)
+{
+    struct bpf_prog_info info = {};
+    __u32 size = sizeof(info);
+    int result = bpf_obj_get_info_by_fd(prog_fd, &info, &size);
+
+    return result < 0 ? result : (int)info.jited_prog_len;
 }
 """
 

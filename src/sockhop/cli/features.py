@@ -1,0 +1,105 @@
+"""`sockhop features`."""
+
+import os
+from pathlib import Path
+
+import click
+import msgspec
+
+from sockhop.cli.options import bpffs_path, global_options, output_option
+from sockhop.cli.output import Column, print_rows, print_value, table
+from sockhop.errors import SystemLackError
+from sockhop.kernel.features import Feature, probe_features
+from sockhop.kernel.host import Fact, host_facts
+
+__all__ = ["command"]
+
+_COLUMNS = (
+    Column("FEATURE", "feature"),
+    Column("AVAILABLE", "available"),
+    Column("USED FOR", "used_for"),
+    Column("SINCE", "since", wide=True),
+    Column("WITHOUT IT", "without", wide=True),
+)
+
+
+class _Row(msgspec.Struct):
+    feature: str
+    available: str
+    used_for: str
+    since: str
+    without: str
+
+
+class _Report(msgspec.Struct):
+    """`missing`: required features that are not there, `unknown`: those that need root to tell."""
+
+    host: dict[str, str]
+    missing: list[str]
+    unknown: list[str]
+    features: list[Feature]
+
+
+@click.command(epilog="Example: sockhop features -o wide")
+@output_option
+@global_options
+def command(output: str) -> None:
+    """List what this kernel can do for sockhop, each thing found by trying it.
+
+    Nothing is attached, and nothing stays behind. Exit status 0 if all that balancing needs is
+    there, 3 if not. `-o wide` adds the kernel commit and version each thing came with, and what
+    happens without it; `-o json` has the kernel's reasons.
+    """
+    features = probe_features(bpffs_path())
+    facts = [*host_facts(), _provenance(bpffs_path())]
+    missing = [f.name for f in features if f.required and f.available is False]
+    unknown = [f.name for f in features if f.required and f.available is None]
+    if output in ("json", "yaml"):
+        host = {fact.name: fact.value for fact in facts}
+        print_value(_Report(host, missing, unknown, features), output)
+    else:
+        print_rows([_row(feature) for feature in features], _COLUMNS, output)
+        click.echo("\n" + table(facts))
+    if missing:
+        raise SystemLackError(
+            f"balancing needs what is missing here: {', '.join(missing)}",
+            hint="`sockhop features -o json` has the kernel's reasons",
+        )
+    if unknown:
+        raise SystemLackError(
+            f"{len(unknown)} things that balancing needs could not be tried",
+            hint="run as root"
+            if os.geteuid()
+            else "this root lacks the capabilities that the facts name",
+        )
+
+
+def _row(feature: Feature) -> _Row:
+    available = {True: "yes", False: f"no: {feature.reason}", None: feature.reason}
+    return _Row(
+        feature.name,
+        available[feature.available],
+        feature.used_for,
+        feature.since,
+        feature.without,
+    )
+
+
+def _provenance(pins: Path) -> Fact:
+    """Where the balanced sockets' provenance is kept, if anything is installed."""
+    from sockhop.datapath.balancer import BalanceMaps, NotInstalled  # noqa: PLC0415
+    from sockhop.datapath.records import Setting  # noqa: PLC0415
+
+    try:
+        with BalanceMaps(pins) as maps:
+            fallback = maps.setting(Setting.FALLBACK)
+    except NotInstalled:
+        return Fact("provenance", "nothing is installed")
+    except SystemLackError as error:
+        return Fact("provenance", f"unknown: {error.message}")
+    return Fact(
+        "provenance",
+        "in sk_storage and, where that was refused, in a map (see net.core.optmem_max)"
+        if fallback
+        else "in sk_storage",
+    )

@@ -1,0 +1,451 @@
+"""What this kernel can do for sockhop, found by trying it, never by its version."""
+
+import errno
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from sockhop.errors import SystemLackError
+from sockhop.kernel._libbpf import lib
+from sockhop.kernel.cgroups import AttachType, cgroup_root
+from sockhop.kernel.host import missing_capabilities
+from sockhop.kernel.mounts import filesystem_type
+from sockhop.kernel.netns import current_cookie
+from sockhop.kernel.probe import Lack, Prober, call, leave, mov, op
+from sockhop.kernel.syscall import KernelError
+
+__all__ = ["Feature", "probe_features"]
+
+Attempt = Callable[[Prober], object]
+
+
+@dataclass(frozen=True)
+class Feature:
+    """What a probe found.
+
+    `available` is None where only root could tell; `reason` says why it is not available.
+    Without a `required` one nothing can be balanced.
+    """
+
+    name: str
+    available: bool | None
+    reason: str
+    required: bool
+    used_for: str
+    without: str
+    since: str
+
+
+def probe_features(bpffs: Path) -> list[Feature]:
+    """Try everything. *bpffs* is the directory for pins, which need not exist yet."""
+    with Prober() as prober:
+        mounts = [_Probe(*_CGROUP2, _cgroup2), _Probe(*_BPFFS, lambda _: _bpffs(bpffs))]
+        return [_feature(probe, prober) for probe in [*mounts, *_PROBES]]
+
+
+class _Since(NamedTuple):
+    """The commit that a feature came with, and the first Linux that has it."""
+
+    version: str
+    commit: str
+    subject: str
+
+    def __str__(self) -> str:
+        return f'Linux kernel commit {self.commit} ("{self.subject}") (in v{self.version})'
+
+
+class _Probe(NamedTuple):
+    name: str
+    used_for: str
+    without: str
+    since: _Since
+    attempt: Attempt
+
+    @property
+    def required(self) -> bool:
+        return self.without == _NO_BALANCING
+
+
+def _feature(probe: _Probe, prober: Prober) -> Feature:
+    available: bool | None = True
+    reason = ""
+    try:
+        probe.attempt(prober)
+    except Lack as lack:
+        available, reason = False, lack.reason
+        if lack.errno in (errno.EPERM, errno.EACCES) and missing_capabilities(_TO_PROBE):
+            available, reason = None, "needs root"
+    return Feature(
+        probe.name,
+        available,
+        reason,
+        probe.required,
+        probe.used_for,
+        probe.without,
+        str(probe.since),
+    )
+
+
+# --- probes that need neither map nor program ----------------------------------------------------
+
+
+def _cgroup2(_: Prober) -> None:
+    try:
+        cgroup_root()
+    except SystemLackError as error:
+        raise Lack(0, error.message) from None
+
+
+def _bpffs(directory: Path) -> None:
+    kind = filesystem_type(directory)
+    if kind != "bpf":
+        raise Lack(0, f"{directory} is on {kind} (mount -t bpf bpf /sys/fs/bpf)")
+
+
+def _netns_cookie(_: Prober) -> None:
+    try:
+        current_cookie()
+    except KernelError as error:
+        raise Lack(error.errno) from None
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+_TO_PROBE = ("CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON")
+_NO_BALANCING = "nothing can be balanced"
+_EHOSTUNREACH = 113
+
+
+def _connect(code: bytes) -> Attempt:
+    return lambda prober: prober.hook(AttachType.CONNECT4, code)
+
+
+def _map(kind: int, key: int, value: int, entries: int) -> Attempt:
+    return lambda prober: prober.map(kind, key, value, entries=entries)
+
+
+def _iterator(name: str) -> Attempt:
+    return lambda prober: prober.iterator(name)
+
+
+def _hooks(names: str, used_for: str, without: str, since: _Since) -> tuple[_Probe, ...]:
+    def attempt(name: str) -> Attempt:
+        return lambda prober: prober.hook(AttachType[name.upper()])
+
+    return tuple(
+        _Probe(f"hook {name}", used_for, without, since, attempt(name)) for name in names.split()
+    )
+
+
+_CGROUP2 = (
+    "cgroup2",
+    "choosing whose sockets are balanced",
+    _NO_BALANCING,
+    _Since("4.5", "67e9c74b8a87", "cgroup: replace __DEVEL__sane_behavior with cgroup2 fs type"),
+)
+_BPFFS = (
+    "bpffs",
+    "balancing on when the agent stops",
+    _NO_BALANCING,
+    _Since("4.4", "b2197755b263", "bpf: add support for persistent maps/progs"),
+)
+
+_PROBES = (
+    _Probe(
+        "bpf(2)",
+        "everything",
+        _NO_BALANCING,
+        _Since("3.18", "99c55f7d47c0", "bpf: introduce BPF syscall and maps"),
+        _map(lib.BPF_MAP_TYPE_ARRAY, 4, 8, 1),
+    ),
+    _Probe(
+        "kernel BTF",
+        "programs that fit this kernel's structs",
+        _NO_BALANCING,
+        _Since("5.4", "341dfcf8d78e", "btf: expose BTF info through sysfs"),
+        lambda prober: prober.btf_id("tcp_sock", lib.BTF_KIND_STRUCT),
+    ),
+    _Probe(
+        "JIT",
+        "speed",
+        "hooks are interpreted: each connect takes longer",
+        _Since("3.16", "622582786c9e", "net: filter: x86: internal BPF JIT"),
+        lambda prober: prober.jit(),
+    ),
+    _Probe(
+        "32-bit jumps",
+        "programs as they are compiled",
+        _NO_BALANCING,
+        _Since("5.1", "092ed0968bb6", "bpf: verifier support JMP32"),
+        # if w1 == 0 goto +2
+        _connect(mov(1, 0) + op(0x16, 1, off=2) + leave(1)),
+    ),
+    _Probe(
+        "bounded loops",
+        "reading again while a service changes",
+        _NO_BALANCING,
+        _Since("5.3", "2589726d12a1", "bpf: introduce bounded loops"),
+        # r1 += 1; if r1 < 4 goto -2
+        _connect(mov(1, 0) + op(0x07, 1, imm=1) + op(0xA5, 1, off=-2, imm=4)),
+    ),
+    *_hooks(
+        "connect4 connect6",
+        "choosing a backend, TCP and connected UDP",
+        _NO_BALANCING,
+        _Since("4.17", "d74bad4e74ee", "bpf: Hooks for sys_connect"),
+    ),
+    *_hooks(
+        "getpeername4 getpeername6",
+        "showing programs the frontend that they dialled",
+        _NO_BALANCING,
+        _Since("5.8", "1b66d253610c", "bpf: Add get{peer, sock}name attach types for sock_addr"),
+    ),
+    *_hooks(
+        "sock_release",
+        "counting live sockets",
+        _NO_BALANCING,
+        _Since("5.9", "f5836749c9c0", "bpf: Add BPF_CGROUP_INET_SOCK_RELEASE hook"),
+    ),
+    *_hooks(
+        "sendmsg4 sendmsg6",
+        "later: choosing a backend for unconnected UDP",
+        "unconnected UDP is not balanced",
+        _Since("4.18", "1cedee13d25a", "bpf: Hooks for sys_sendmsg"),
+    ),
+    *_hooks(
+        "recvmsg4 recvmsg6",
+        "later: answers on unconnected UDP that come from the frontend",
+        "resolvers that check the sender drop the answers",
+        _Since("5.2", "983695fa6765", "bpf: fix unconnected udp hooks"),
+    ),
+    *_hooks(
+        "bind4 bind6",
+        "later: keeping programs off a service's address and port",
+        "a program can bind a reserved port",
+        _Since("4.17", "4fbac77d2d09", "bpf: Hooks for sys_bind"),
+    ),
+    *_hooks(
+        "post_bind4 post_bind6",
+        "later: keeping programs off ports that the kernel chose for them",
+        "a program can be given a reserved port",
+        _Since("4.17", "aac3fc320d94", "bpf: Post-hooks for sys_bind"),
+    ),
+    _Probe(
+        "cgroup link",
+        "attaching beside other tools, for as long as a pin exists",
+        _NO_BALANCING,
+        _Since(
+            "5.7", "af6eea57437a", "bpf: Implement bpf_link-based cgroup BPF program attachment"
+        ),
+        lambda prober: prober.link_create(),
+    ),
+    _Probe(
+        "link update",
+        "upgrades without a gap",
+        _NO_BALANCING,
+        _Since(
+            "5.7",
+            "0c991ebc8c69",
+            "bpf: Implement bpf_prog replacement for an active bpf_cgroup_link",
+        ),
+        lambda prober: prober.link_update(),
+    ),
+    _Probe(
+        "link detach",
+        "ending balancing in order, at once",
+        "`detach` takes effect a moment later, in no order of hooks",
+        _Since("5.9", "73b11c2ab072", "bpf: Add support for forced LINK_DETACH command"),
+        lambda prober: prober.link_detach(),
+    ),
+    _Probe(
+        "sk_storage",
+        "provenance that lives as long as its socket",
+        _NO_BALANCING,
+        _Since("5.2", "6ac99e8f23d4", "bpf: Introduce bpf sk local storage"),
+        lambda prober: prober.storage(),
+    ),
+    _Probe(
+        "sk_storage in connect hooks",
+        "writing provenance",
+        _NO_BALANCING,
+        _Since(
+            "5.3",
+            "fb85c4a730af",
+            "bpf: export bpf_sock for BPF_PROG_TYPE_CGROUP_SOCK_ADDR prog type",
+        ),
+        lambda prober: prober.storage_in_connect(),
+    ),
+    _Probe(
+        "sk_storage in sock_release",
+        "counting live sockets",
+        _NO_BALANCING,
+        _Since("5.9", "f7c6cb1d9728", "bpf: Expose socket storage to BPF_PROG_TYPE_CGROUP_SOCK"),
+        lambda prober: prober.storage_in_release(),
+    ),
+    _Probe(
+        "socket cookie in connect hooks",
+        "naming sockets",
+        _NO_BALANCING,
+        _Since("4.19", "d692f1138a4b", "bpf: Support bpf_get_socket_cookie in more prog types"),
+        _connect(call(lib.BPF_FUNC_get_socket_cookie)),
+    ),
+    _Probe(
+        "netns cookie in connect hooks",
+        "services of one network namespace, loopback among them",
+        _NO_BALANCING,
+        _Since("5.7", "f318903c0bf4", "bpf: Add netns cookie and enable it for bpf cgroup hooks"),
+        _connect(call(lib.BPF_FUNC_get_netns_cookie)),
+    ),
+    _Probe(
+        "SO_NETNS_COOKIE",
+        "the agent's side of that",
+        _NO_BALANCING,
+        _Since("5.14", "e8b9eab99232", "net: retrieve netns cookie via getsocketopt"),
+        _netns_cookie,
+    ),
+    _Probe(
+        "bpf_ktime_get_boot_ns",
+        "the time of each connect",
+        _NO_BALANCING,
+        _Since("5.8", "71d19214776e", "bpf: add bpf_ktime_get_boot_ns()"),
+        _connect(call(lib.BPF_FUNC_ktime_get_boot_ns)),
+    ),
+    _Probe(
+        "bpf_set_retval",
+        "EHOSTUNREACH where no backend serves",
+        "connects without a backend fail with EPERM instead of EHOSTUNREACH",
+        _Since(
+            "5.18",
+            "b44123b4a3dc",
+            "bpf: Add cgroup helpers bpf_{get,set}_retval to get/set syscall return value",
+        ),
+        _connect(mov(1, -_EHOSTUNREACH) + call(lib.BPF_FUNC_set_retval)),
+    ),
+    _Probe(
+        "LRU hash",
+        "provenance where a socket's storage is refused",
+        _NO_BALANCING,
+        _Since("4.10", "29ba732acbee", "bpf: Add BPF_MAP_TYPE_LRU_HASH"),
+        _map(lib.BPF_MAP_TYPE_LRU_HASH, 8, 8, 1),
+    ),
+    _Probe(
+        "batch operations",
+        "writing and reading many entries at once",
+        "entries are written and read one by one",
+        _Since("5.6", "057996380a42", "bpf: Add batch ops to all htab bpf map"),
+        lambda prober: prober.batch(),
+    ),
+    _Probe(
+        "membarrier",
+        "waiting until no hook uses what is about to be deleted",
+        _NO_BALANCING,
+        _Since(
+            "4.3", "5b25b13ab08f", "sys_membarrier(): system-wide memory barrier (generic, x86)"
+        ),
+        lambda prober: prober.membarrier(),
+    ),
+    _Probe(
+        "iter/bpf_sk_storage_map",
+        "listing balanced sockets of all namespaces",
+        "`get sockets` and the count in `detach` fail",
+        _Since("5.9", "5ce6e77c7edf", "bpf: Implement bpf iterator for sock local storage map"),
+        _iterator("bpf_sk_storage_map"),
+    ),
+    _Probe(
+        "iter/task_file",
+        "later: finding the processes of sockets in one pass",
+        "processes are found through /proc, which takes longer",
+        _Since("5.8", "eaaacd23910f", "bpf: Add task and task/file iterator targets"),
+        _iterator("task_file"),
+    ),
+    _Probe(
+        "iter/tcp",
+        "later: finding TCP sockets to end",
+        "SOCK_DESTROY finds them",
+        _Since("5.9", "52d87d5f6418", "net: bpf: Implement bpf iterator for tcp"),
+        _iterator("tcp"),
+    ),
+    _Probe(
+        "iter/udp",
+        "later: finding UDP sockets to end or to move",
+        "SOCK_DESTROY finds them",
+        _Since("5.9", "5788b3a07fc5", "net: bpf: Implement bpf iterator for udp"),
+        _iterator("udp"),
+    ),
+    _Probe(
+        "bpf_sock_destroy",
+        "later: ending sockets from an iterator",
+        "SOCK_DESTROY ends them, one message a socket",
+        _Since("6.5", "4ddbcb886268", "bpf: Add bpf_sock_destroy kfunc"),
+        lambda prober: prober.sock_destroy(),
+    ),
+    _Probe(
+        "SOCK_DESTROY for TCP",
+        "later: ending TCP sockets",
+        "without bpf_sock_destroy, none can be ended from outside",
+        _Since("4.5", "c1e64e298b8c", "net: diag: Support destroying TCP sockets."),
+        lambda prober: prober.destroy_socket(socket.SOCK_STREAM),
+    ),
+    _Probe(
+        "SOCK_DESTROY for UDP",
+        "later: ending connected UDP sockets",
+        "without bpf_sock_destroy, none can be ended from outside",
+        _Since("4.9", "5d77dca82839", "net: diag: support SOCK_DESTROY for UDP sockets"),
+        lambda prober: prober.destroy_socket(socket.SOCK_DGRAM),
+    ),
+    _Probe(
+        "sockhash",
+        "later: splicing",
+        "nothing is spliced",
+        _Since("4.18", "81110384441a", "bpf: sockmap, add hash map support"),
+        lambda prober: prober.sockhash(),
+    ),
+    _Probe(
+        "sk_msg",
+        "later: splicing",
+        "nothing is spliced",
+        _Since(
+            "4.17",
+            "4f738adba30a",
+            "bpf: create tcp_bpf_ulp allowing BPF to monitor socket TX/RX data",
+        ),
+        lambda prober: prober.sk_msg(),
+    ),
+    _Probe(
+        "sock_ops",
+        "later: splicing: finding the two ends of a connection",
+        "nothing is spliced",
+        _Since("4.13", "40304b2a1567", "bpf: BPF support for sock_ops"),
+        lambda prober: prober.sock_ops(),
+    ),
+    _Probe(
+        "ring buffer",
+        "later: events from the kernel",
+        "events are seen by polling counters",
+        _Since("5.8", "457f44363a88", "bpf: Implement BPF ring buffer and verifier support for it"),
+        _map(lib.BPF_MAP_TYPE_RINGBUF, 0, 0, 1 << 16),
+    ),
+    _Probe(
+        "tp_btf",
+        "later: diagnosis: tracepoints",
+        "state changes of sockets are not traced",
+        _Since("5.5", "f1b9509c2fb0", "bpf: Replace prog_raw_tp+btf_id with prog_tracing"),
+        lambda prober: prober.tp_btf(),
+    ),
+    _Probe(
+        "fentry",
+        "later: diagnosis: call paths",
+        "kprobes trace functions, where there are any",
+        _Since("5.5", "fec56f5890d9", "bpf: Introduce BPF trampoline"),
+        lambda prober: prober.fentry(),
+    ),
+    _Probe(
+        "kprobe",
+        "later: diagnosis: call paths without fentry",
+        "without fentry too, functions are not traced",
+        _Since("4.1", "2541517c32be", "tracing, perf: Implement BPF programs attached to kprobes"),
+        lambda prober: prober.kprobe(),
+    ),
+)
