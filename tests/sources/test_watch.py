@@ -224,17 +224,37 @@ def test_a_file_that_is_written_under_another_name(home: Path, tmp_path: Path) -
         assert changed(watcher)
 
 
-def test_many_changes_at_once_overflow_into_one(home: Path) -> None:
+def test_a_change_that_the_full_queue_lost(home: Path) -> None:
     limit = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
     if limit > 100_000:
         pytest.skip(f"the queue holds {limit} events")
-    paths = [home / "a.yaml", home / "b.yaml"]
+    others = [home / "a.txt", home / "b.txt"]
     with FileWatcher([home]) as watcher:
         for number in range(limit // 2 + 10):
-            append(paths[number % 2])  # equal events in a row count once
+            append(others[number % 2])  # equal events in a row count once
+        write(home / "m.yaml")
         assert changed(watcher)
         write(home / "c.yaml")
         assert changed(watcher)
+
+
+def test_watches_do_not_pile_up(home: Path) -> None:
+    path = home / "m.yaml"
+    with FileWatcher([path]) as watcher:
+
+        def count() -> int:
+            info = Path(f"/proc/self/fdinfo/{watcher.fileno()}").read_text()
+            return info.count("inotify wd:")
+
+        write(path)
+        changed(watcher)
+        before = count()
+        for number in range(5):
+            home.rename(home.with_name(f"old{number}"))
+            home.mkdir()
+            write(path)
+            assert changed(watcher)
+        assert count() == before
 
 
 def test_no_descriptor_is_left_open(home: Path) -> None:

@@ -26,7 +26,7 @@ __all__ = ["FileWatcher"]
 _MODIFY, _ATTRIB, _CLOSE_WRITE = 0x2, 0x4, 0x8
 _MOVED_FROM, _MOVED_TO, _CREATE, _DELETE = 0x40, 0x80, 0x100, 0x200
 _DELETE_SELF, _MOVE_SELF = 0x400, 0x800
-_Q_OVERFLOW, _IGNORED = 0x4000, 0x8000
+_Q_OVERFLOW = 0x4000
 _ONLYDIR, _MASK_ADD = 0x0100_0000, 0x2000_0000
 _EVENT = struct.Struct("iIII")
 
@@ -115,8 +115,6 @@ class FileWatcher:
         matters = rearm = False
         for number, mask, name in self._events():
             watch = self._watches.get(number)
-            if mask & _IGNORED:
-                self._watches.pop(number, None)
             if mask & _Q_OVERFLOW or (watch and watch.concerns(name)):
                 matters = True
                 rearm |= bool(mask & ~(_MODIFY | _CLOSE_WRITE))

@@ -17,7 +17,7 @@ __all__ = ["Located", "YamlError", "load_all", "locate"]
 
 DEPTH_MAX = 100
 ALIASED_MAX = 1_000_000
-"""Most values that the aliases and merge keys of one document may stand for."""
+"""Most values that the aliases of one document may stand for; merge keys need aliases to grow."""
 
 _SCALAR_MAX = 64
 """A longer plain scalar is a string: no number or boolean needs as much."""
@@ -167,7 +167,10 @@ class _Building:
             if event.anchor not in self._anchors:
                 raise _Refused(f"unknown or recursive alias *{event.anchor}")
             value, count = self._anchors[event.anchor]
-            self._alias(count)
+            self._count += count
+            self._aliased += count
+            if self._aliased > ALIASED_MAX:
+                raise _Refused(f"aliases stand for more than {ALIASED_MAX:,} values")
             self._put(value)
 
     def _start(self, event: Any, value: list[Any] | dict[Any, Any]) -> None:
@@ -182,18 +185,11 @@ class _Building:
     def _end(self) -> None:
         ended = self._open.pop()
         for source in ended.merged:
-            self._alias(len(source))
             for key, value in source.items():
                 ended.value.setdefault(key, value)
         if ended.anchor:
             self._anchors[ended.anchor] = (ended.value, self._count - ended.count_before + 1)
         self._put(ended.value)
-
-    def _alias(self, count: int) -> None:
-        self._count += count
-        self._aliased += count
-        if self._aliased > ALIASED_MAX:
-            raise _Refused(f"aliases stand for more than {ALIASED_MAX:,} values")
 
     def _put(self, value: Any) -> None:
         if self._open:
