@@ -1,187 +1,44 @@
 // SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
-/* Balance: a connect() to a frontend becomes a connect() to one of its backends.
- *
- * A change of a service is atomic for readers. The word of a frontend names a generation; slots
- * are found by (frontend, generation, position). The agent writes the slots of a new generation,
- * stores the word, waits for a grace period and only then deletes the old slots. Elements of a
- * BPF hash are reused as soon as they are deleted, under a reader's feet (kernel/bpf/hashtab.c),
- * so every value repeats its key, is copied before that key is compared, and a reader that finds
- * another key starts again from the word.
- */
+/* Balance: what goes to a frontend goes to one of its backends, decided once, at the socket. */
 #include "vmlinux.h"
 #include <bpf/bpf_core_read.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 #include "sockhop.h"
 #include "maps.h"
+#include "balance_maps.h"
+#include "provenance.h"
+#include "choose.h"
+#include "datagrams.h"
 
-#define ATTEMPTS 4
+#define EADDRINUSE 98
 #define EHOSTUNREACH 113
 #define ALLOW 1
 #define REJECT 0
+#define MAPPED bpf_htonl(0xffff)
 
-#define READ_ONCE(x) (*(const volatile typeof(x) *)&(x))
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, SETTINGS);
-	__type(key, __u32);
-	__type(value, __u64);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
-} settings SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 131072);
-	__type(key, struct frontend_key);
-	__type(value, struct frontend);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
-} frontends SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 131072);
-	__type(key, __u32);
-	__type(value, __u64);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
-} words SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 524288);
-	__type(key, struct slot_key);
-	__type(value, struct slot);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
-} slots SEC(".maps");
-
-/* Read by Python only: names and states that no connect needs. */
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 262144);
-	__type(key, __u32);
-	__type(value, struct backend);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
-} backends SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 131072);
-	__type(key, __u32);
-	__type(value, struct service);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
-} services SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 131072);
-	__type(key, __u32);
-	__type(value, struct counters);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
-} counters SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, TOTALS);
-	__type(key, __u32);
-	__type(value, __u64);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
-} totals SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 65536);
-	__type(key, struct live_key);
-	__type(value, __u64);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
-} live SEC(".maps");
-
-/* For sockets whose sk_storage is refused (net.core.optmem_max). */
-struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 16384);
-	__type(key, __u64);
-	__type(value, struct provenance);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
-} provenance_by_cookie SEC(".maps");
-
-static __always_inline __u64 setting(__u32 which)
+static __always_inline bool is_mapped(const __be32 *address)
 {
-	__u64 *value = bpf_map_lookup_elem(&settings, &which);
-
-	return value ? READ_ONCE(*value) : 0;
+	return !address[0] && !address[1] && address[2] == MAPPED;
 }
 
-/* With the result unused this is a plain locked add, which 5.10 has. */
-static __always_inline void add(__u64 *value, __s64 n)
+/* Linux kernel commit b44123b4a3dc ("bpf: Add cgroup helpers bpf_{get,set}_retval to get/set
+ * syscall return value") (in v5.18). Before it: EPERM.
+ */
+static __always_inline int reject(int error)
 {
-	__atomic_fetch_add(value, n, __ATOMIC_RELAXED);
+	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_set_retval))
+		bpf_set_retval(-error);
+	return REJECT;
 }
 
-static __always_inline void count(__u32 which)
-{
-	__u64 *value = bpf_map_lookup_elem(&totals, &which);
+enum verdict {
+	PASS,
+	NO_BACKEND,
+	BALANCED,
+};
 
-	if (value)
-		add(value, 1);
-}
-
-static __always_inline bool same_address(const __be32 *a, const __be32 *b)
-{
-	return a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3];
-}
-
-static __always_inline void copy_address(__be32 *to, const __be32 *from)
-{
-	to[0] = from[0];
-	to[1] = from[1];
-	to[2] = from[2];
-	to[3] = from[3];
-}
-
-/* --- the live index ------------------------------------------------------------------------ */
-
-static __always_inline __u64 *live_count(const struct provenance *p, bool create)
-{
-	struct live_key key = { .netns = p->netns, .service = p->service, .backend = p->backend };
-	__u64 *n = bpf_map_lookup_elem(&live, &key);
-	__u64 zero = 0;
-
-	if (n || !create)
-		return n;
-	/* Two CPUs may come here at once: neither may overwrite the other's count. */
-	bpf_map_update_elem(&live, &key, &zero, BPF_NOEXIST);
-	return bpf_map_lookup_elem(&live, &key);
-}
-
-static __always_inline void live_insert(struct provenance *p)
-{
-	__u64 *n = live_count(p, true);
-
-	if (!n) {
-		count(TOTAL_LIVE_FULL);
-		return;
-	}
-	add(n, 1);
-	p->flags |= PROVENANCE_COUNTED;
-}
-
-static __always_inline void live_remove(struct provenance *p)
-{
-	__u64 *n;
-
-	if (!(p->flags & PROVENANCE_COUNTED))
-		return;
-	p->flags &= ~PROVENANCE_COUNTED;
-	n = live_count(p, false);
-	if (n)
-		add(n, -1);
-}
-
-/* --- provenance ---------------------------------------------------------------------------- */
+/* --- what is remembered of a socket -------------------------------------------------------- */
 
 /* ctx is a bpf_sock_addr or a bpf_sock; both give a cookie. */
 static __always_inline struct provenance *recall(void *ctx, struct bpf_sock *sk)
@@ -195,202 +52,144 @@ static __always_inline struct provenance *recall(void *ctx, struct bpf_sock *sk)
 	return bpf_map_lookup_elem(&provenance_by_cookie, &cookie);
 }
 
-static __always_inline void remember(struct bpf_sock_addr *ctx, struct provenance *fresh)
+static __always_inline void fall_back(void)
 {
-	/* Asking for the cookie makes it: from now on every tool can name this socket. */
-	__u64 cookie = bpf_get_socket_cookie(ctx), one = 1;
 	__u32 which = SETTING_FALLBACK;
+	__u64 one = 1;
 
-	if (bpf_sk_storage_get(&provenance, ctx->sk, fresh, BPF_SK_STORAGE_GET_F_CREATE))
-		return;
 	count(TOTAL_STORAGE_FAILED);
-	bpf_map_update_elem(&provenance_by_cookie, &cookie, fresh, BPF_ANY);
 	bpf_map_update_elem(&settings, &which, &one, BPF_ANY);
 }
 
-/* The socket leaves the backend that it was given. */
-static __always_inline void forget(struct provenance *p)
+static __always_inline void remember(struct bpf_sock_addr *ctx, struct provenance *fresh)
 {
-	if (!p)
+	/* Asking for the cookie makes it: from now on every tool can name this socket. */
+	__u64 cookie = bpf_get_socket_cookie(ctx);
+
+	if (bpf_sk_storage_get(&provenance, ctx->sk, fresh, BPF_SK_STORAGE_GET_F_CREATE))
 		return;
-	live_remove(p);
-	p->backend = 0;
+	bpf_map_update_elem(&provenance_by_cookie, &cookie, fresh, BPF_ANY);
+	fall_back();
 }
 
-/* --- from a frontend to a backend ---------------------------------------------------------- */
-
-static __always_inline bool read_frontend(const struct frontend_key *key, struct frontend *copy)
+static __always_inline void count_socket(struct provenance *p, bool load)
 {
-	struct frontend *found;
-	int attempt;
+	struct live_key key = { .netns = p->netns, .service = p->service, .backend = p->backend };
+	__u64 *n = bpf_map_lookup_elem(&live, &key), zero = 0;
 
-	for (attempt = 0; attempt < ATTEMPTS; attempt++) {
-		found = bpf_map_lookup_elem(&frontends, key);
-		if (!found)
-			return false;
-		copy->id = READ_ONCE(found->id);
-		copy->service = READ_ONCE(found->service);
-		copy->flags = READ_ONCE(found->flags);
-		if (same_address(found->key.address, key->address) &&
-		    READ_ONCE(found->key.netns) == key->netns &&
-		    READ_ONCE(found->key.port) == key->port &&
-		    READ_ONCE(found->key.protocol) == key->protocol)
-			return true;
-		count(TOTAL_RETRIES);
+	if (!n) {
+		/* Two CPUs may come here at once: neither may overwrite the other's count. */
+		bpf_map_update_elem(&live, &key, &zero, BPF_NOEXIST);
+		n = bpf_map_lookup_elem(&live, &key);
 	}
-	count(TOTAL_EXHAUSTED);
-	return false;
-}
-
-static __always_inline bool find_frontend(struct bpf_sock_addr *ctx, struct frontend_key *key,
-					  struct frontend *found)
-{
-	if (!read_frontend(key, found))
-		return false;
-	if (!(found->flags & FRONTEND_SCOPED))
-		return true;
-	key->netns = bpf_get_netns_cookie(ctx);
-	return read_frontend(key, found) || !(found->flags & FRONTEND_ABSENT);
-}
-
-static __always_inline bool read_slot(const struct slot_key *key, struct slot *copy)
-{
-	struct slot *found = bpf_map_lookup_elem(&slots, key);
-
-	if (!found)
-		return false;
-	copy->backend = READ_ONCE(found->backend);
-	copy->address[0] = READ_ONCE(found->address[0]);
-	copy->address[1] = READ_ONCE(found->address[1]);
-	copy->address[2] = READ_ONCE(found->address[2]);
-	copy->address[3] = READ_ONCE(found->address[3]);
-	copy->port = READ_ONCE(found->port);
-	copy->keep = READ_ONCE(found->keep);
-	copy->alias = READ_ONCE(found->alias);
-	return READ_ONCE(found->key.frontend) == key->frontend &&
-	       READ_ONCE(found->key.generation) == key->generation &&
-	       READ_ONCE(found->key.position) == key->position;
-}
-
-static __always_inline bool choose_weighted(struct slot_key *key, __u32 backends,
-					    struct slot *chosen)
-{
-	/* The high half of random * n is a fair index without a division. */
-	key->position = ((__u64)bpf_get_prandom_u32() * backends) >> 32;
-	if (!read_slot(key, chosen))
-		return false;
-	if (bpf_get_prandom_u32() <= chosen->keep)
-		return true;
-	key->position = chosen->alias;
-	return read_slot(key, chosen);
-}
-
-/* Returns the generation that was used, 0 where no backend can serve. */
-static __always_inline __u32 choose(__u32 frontend, struct slot *chosen)
-{
-	__u64 *word = bpf_map_lookup_elem(&words, &frontend), now;
-	struct slot_key key = { .frontend = frontend };
-	int attempt;
-
-	if (!word)
-		return 0;
-	for (attempt = 0; attempt < ATTEMPTS; attempt++) {
-		now = READ_ONCE(*word);
-		if (!WORD_COUNT(now))
-			return 0;
-		key.generation = WORD_GENERATION(now);
-		if (choose_weighted(&key, WORD_COUNT(now), chosen))
-			return key.generation;
-		count(TOTAL_RETRIES);
+	if (n) {
+		add(n, 1);
+		p->counted = COUNTED_LIVE;
+	} else {
+		count(TOTAL_LIVE_FULL);
 	}
-	count(TOTAL_EXHAUSTED);
-	return 0;
+	n = load ? bpf_map_lookup_elem(&loads, &p->backend) : 0;
+	if (n) {
+		add(n, 1);
+		p->counted |= COUNTED_LOAD;
+	}
 }
 
-static __always_inline int unreachable(void)
+/* A TCP socket that connects again has left its peer. A UDP socket stays there if the kernel then
+ * finds no route to the new one, so it goes on being counted there until the agent has looked.
+ */
+static __always_inline void leave(struct provenance *old, struct provenance *fresh)
 {
-	/* Linux kernel commit b44123b4a3dc ("bpf: Add cgroup helpers bpf_{get,set}_retval to
-	 * get/set syscall return value") (in v5.18). Before it: EPERM.
-	 */
-	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_set_retval))
-		bpf_set_retval(-EHOSTUNREACH);
-	return REJECT;
+	uncount_previous(old);
+	if (old->protocol == IPPROTO_TCP) {
+		uncount(old);
+		return;
+	}
+	copy_address(fresh->previous_address, old->backend_address);
+	fresh->previous_port = old->backend_port;
+	fresh->previous_service = old->service;
+	fresh->previous_backend = old->backend;
+	fresh->previous_counted = take(&old->counted);
 }
 
-enum verdict {
-	PASS,
-	NO_BACKEND,
-	BALANCED,
-};
+/* --- connect ------------------------------------------------------------------------------- */
 
-/* Where key is a frontend: choose, remember why, and leave the backend in *chosen. */
+/* Where key is a frontend: choose, remember why, and leave the backend in *choice. */
 static __always_inline enum verdict balance(struct bpf_sock_addr *ctx, struct frontend_key *key,
-					    struct slot *chosen)
+					    struct choice *choice)
 {
-	struct provenance fresh = {}, *old = recall(ctx, ctx->sk);
+	struct provenance fresh = {}, *old;
 	struct frontend frontend = {};
-	struct counters *n;
 
-	if (!find_frontend(ctx, key, &frontend)) {
-		forget(old);
+	/* A balanced socket that goes elsewhere is seen by its peer, which is not its backend. */
+	if (!find_frontend(ctx, key, &frontend))
 		return PASS;
-	}
-	n = bpf_map_lookup_elem(&counters, &frontend.id);
-	fresh.generation = choose(frontend.id, chosen);
-	if (!fresh.generation) {
-		/* A connected UDP socket stays where it is, and so does its provenance. */
-		if (n)
-			add(&n->no_backend, 1);
+	if (!choose(ctx, &frontend, choice))
 		return NO_BACKEND;
-	}
-	forget(old);
 	copy_address(fresh.frontend_address, key->address);
-	copy_address(fresh.backend_address, chosen->address);
+	copy_address(fresh.backend_address, choice->slot.address);
 	fresh.since = bpf_ktime_get_boot_ns();
 	fresh.netns = bpf_get_netns_cookie(ctx);
 	fresh.service = frontend.service;
 	fresh.frontend = frontend.id;
-	fresh.backend = chosen->backend;
+	fresh.backend = choice->slot.backend;
+	fresh.generation = choice->generation;
 	fresh.frontend_port = key->port;
-	fresh.backend_port = chosen->port;
+	fresh.backend_port = choice->slot.port;
 	fresh.protocol = key->protocol;
-	live_insert(&fresh);
-	if (old)
+	fresh.reason = choice->reason;
+	count_socket(&fresh, choice->load);
+	old = recall(ctx, ctx->sk);
+	if (old) {
+		leave(old, &fresh);
 		*old = fresh;
-	else
+	} else {
 		remember(ctx, &fresh);
-	if (n)
-		add(&n->connects, 1);
+	}
 	return BALANCED;
 }
 
-/* --- hooks --------------------------------------------------------------------------------- */
+/* The key of what the hook's caller dials, sends to, or binds to. */
+#define KEY4(ctx)                                                                                  \
+	{                                                                                          \
+		.address = { 0, 0, MAPPED, (ctx)->user_ip4 }, .port = bpf_ntohs((ctx)->user_port), \
+		.protocol = (ctx)->protocol,                                                       \
+	}
+#define KEY6(ctx)                                                                        \
+	{                                                                                \
+		.address = { (ctx)->user_ip6[0], (ctx)->user_ip6[1], (ctx)->user_ip6[2], \
+			     (ctx)->user_ip6[3] },                                       \
+		.port = bpf_ntohs((ctx)->user_port), .protocol = (ctx)->protocol,        \
+	}
 
-#define MAPPED bpf_htonl(0xffff)
-
-static __always_inline bool is_mapped(const __be32 *address)
+static __always_inline void rewrite4(struct bpf_sock_addr *ctx, const __be32 *address, __u16 port)
 {
-	return !address[0] && !address[1] && address[2] == MAPPED;
+	ctx->user_ip4 = address[3];
+	ctx->user_port = bpf_htons(port);
+}
+
+static __always_inline void rewrite6(struct bpf_sock_addr *ctx, const __be32 *address, __u16 port)
+{
+	ctx->user_ip6[0] = address[0];
+	ctx->user_ip6[1] = address[1];
+	ctx->user_ip6[2] = address[2];
+	ctx->user_ip6[3] = address[3];
+	ctx->user_port = bpf_htons(port);
 }
 
 SEC("cgroup/connect4")
 int sockhop_connect4(struct bpf_sock_addr *ctx)
 {
-	struct frontend_key key = {
-		.address = { 0, 0, MAPPED, ctx->user_ip4 },
-		.port = bpf_ntohs(ctx->user_port),
-		.protocol = ctx->protocol,
-	};
-	struct slot chosen = {};
+	struct frontend_key key = KEY4(ctx);
+	struct choice choice = {};
 
 	if (setting(SETTING_BYPASS))
 		return ALLOW;
-	switch (balance(ctx, &key, &chosen)) {
+	switch (balance(ctx, &key, &choice)) {
 	case NO_BACKEND:
-		return unreachable();
+		return reject(EHOSTUNREACH);
 	case BALANCED:
-		ctx->user_ip4 = chosen.address[3];
-		ctx->user_port = bpf_htons(chosen.port);
+		rewrite4(ctx, choice.slot.address, choice.slot.port);
 	default:
 		return ALLOW;
 	}
@@ -399,73 +198,219 @@ int sockhop_connect4(struct bpf_sock_addr *ctx)
 SEC("cgroup/connect6")
 int sockhop_connect6(struct bpf_sock_addr *ctx)
 {
-	struct frontend_key key = {
-		.address = { ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2],
-			     ctx->user_ip6[3] },
-		.port = bpf_ntohs(ctx->user_port),
-		.protocol = ctx->protocol,
-	};
-	struct slot chosen = {};
+	struct frontend_key key = KEY6(ctx);
+	struct choice choice = {};
 
 	if (setting(SETTING_BYPASS))
 		return ALLOW;
-	switch (balance(ctx, &key, &chosen)) {
+	switch (balance(ctx, &key, &choice)) {
 	case NO_BACKEND:
-		return unreachable();
+		return reject(EHOSTUNREACH);
 	case BALANCED:
-		ctx->user_ip6[0] = chosen.address[0];
-		ctx->user_ip6[1] = chosen.address[1];
-		ctx->user_ip6[2] = chosen.address[2];
-		ctx->user_ip6[3] = chosen.address[3];
-		ctx->user_port = bpf_htons(chosen.port);
+		rewrite6(ctx, choice.slot.address, choice.slot.port);
 	default:
 		return ALLOW;
 	}
 }
 
-/* The frontend of a socket whose peer is still the backend that it was given. */
-static __always_inline const struct provenance *dialled(struct bpf_sock_addr *ctx,
-							const __be32 *peer)
+/* --- sendmsg on an unconnected UDP socket --------------------------------------------------- */
+
+static __always_inline enum verdict
+balance_datagram(struct bpf_sock_addr *ctx, struct frontend_key *key, struct choice *choice)
 {
-	const struct provenance *p;
+	__u64 cookie = bpf_get_socket_cookie(ctx);
+	struct frontend frontend = {};
+	struct datagram_peers *peers;
+	int attempt;
+
+	if (!find_frontend(ctx, key, &frontend))
+		return PASS;
+	peers = bpf_sk_storage_get(&datagrams, ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!peers) {
+		/* Served, but not kept, and the answer will carry the backend's address. */
+		fall_back();
+		return choose(ctx, &frontend, choice) ? BALANCED : NO_BACKEND;
+	}
+	if (same_as_before(peers, cookie, key, &choice->slot))
+		return BALANCED;
+	for (attempt = 0; attempt < ATTEMPTS; attempt++) {
+		if (!choose(ctx, &frontend, choice))
+			return NO_BACKEND;
+		if (!uses(peers, &choice->slot))
+			break;
+	}
+	if (attempt == ATTEMPTS)
+		count(TOTAL_AMBIGUOUS);
+	keep_peer(peers, cookie, key, &choice->slot);
+	return BALANCED;
+}
+
+SEC("cgroup/sendmsg4")
+int sockhop_sendmsg4(struct bpf_sock_addr *ctx)
+{
+	struct frontend_key key = KEY4(ctx);
+	struct choice choice = {};
 
 	if (setting(SETTING_BYPASS))
-		return 0;
-	p = recall(ctx, ctx->sk);
-	if (!p || !p->backend || p->backend_port != bpf_ntohs(ctx->user_port) ||
-	    !same_address(p->backend_address, peer))
-		return 0;
-	return p;
+		return ALLOW;
+	switch (balance_datagram(ctx, &key, &choice)) {
+	case NO_BACKEND:
+		return reject(EHOSTUNREACH);
+	case BALANCED:
+		rewrite4(ctx, choice.slot.address, choice.slot.port);
+	default:
+		return ALLOW;
+	}
+}
+
+SEC("cgroup/sendmsg6")
+int sockhop_sendmsg6(struct bpf_sock_addr *ctx)
+{
+	struct frontend_key key = KEY6(ctx);
+	struct choice choice = {};
+
+	if (setting(SETTING_BYPASS))
+		return ALLOW;
+	switch (balance_datagram(ctx, &key, &choice)) {
+	case NO_BACKEND:
+		return reject(EHOSTUNREACH);
+	case BALANCED:
+		/* From IPv6 to IPv4 the kernel has no way here: udpv6_sendmsg() says ENOTSUPP. */
+		if (is_mapped(choice.slot.address))
+			return reject(EHOSTUNREACH);
+		rewrite6(ctx, choice.slot.address, choice.slot.port);
+	default:
+		return ALLOW;
+	}
+}
+
+/* --- the way back: getpeername and recvmsg --------------------------------------------------- */
+
+/* The frontend that a socket dialled, where the address in ctx is its backend's. */
+static __always_inline bool dialled(struct bpf_sock_addr *ctx, const struct frontend_key *peer,
+				    struct origin *origin)
+{
+	const struct provenance *p = recall(ctx, ctx->sk);
+
+	if (!p || p->backend_port != peer->port || !same_address(p->backend_address, peer->address))
+		return false;
+	copy_address(origin->address, p->frontend_address);
+	origin->port = p->frontend_port;
+	return true;
+}
+
+static __always_inline bool answered(struct bpf_sock_addr *ctx, const struct frontend_key *source,
+				     struct origin *origin)
+{
+	struct datagram_peers *peers;
+
+	if (dialled(ctx, source, origin))
+		return true;
+	peers = bpf_sk_storage_get(&datagrams, ctx->sk, 0, 0);
+	return peers &&
+	       origin_of(peers, bpf_get_socket_cookie(ctx), source->address, source->port, origin);
 }
 
 SEC("cgroup/getpeername4")
 int sockhop_getpeername4(struct bpf_sock_addr *ctx)
 {
-	__be32 peer[4] = { 0, 0, MAPPED, ctx->user_ip4 };
-	const struct provenance *p = dialled(ctx, peer);
+	struct frontend_key peer = KEY4(ctx);
+	struct origin origin;
 
-	if (p && is_mapped(p->frontend_address)) {
-		ctx->user_ip4 = p->frontend_address[3];
-		ctx->user_port = bpf_htons(p->frontend_port);
-	}
+	if (!setting(SETTING_BYPASS) && dialled(ctx, &peer, &origin) && is_mapped(origin.address))
+		rewrite4(ctx, origin.address, origin.port);
 	return ALLOW;
 }
 
 SEC("cgroup/getpeername6")
 int sockhop_getpeername6(struct bpf_sock_addr *ctx)
 {
-	__be32 peer[4] = { ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3] };
-	const struct provenance *p = dialled(ctx, peer);
+	struct frontend_key peer = KEY6(ctx);
+	struct origin origin;
 
-	if (p) {
-		ctx->user_ip6[0] = p->frontend_address[0];
-		ctx->user_ip6[1] = p->frontend_address[1];
-		ctx->user_ip6[2] = p->frontend_address[2];
-		ctx->user_ip6[3] = p->frontend_address[3];
-		ctx->user_port = bpf_htons(p->frontend_port);
-	}
+	if (!setting(SETTING_BYPASS) && dialled(ctx, &peer, &origin))
+		rewrite6(ctx, origin.address, origin.port);
 	return ALLOW;
 }
+
+SEC("cgroup/recvmsg4")
+int sockhop_recvmsg4(struct bpf_sock_addr *ctx)
+{
+	struct frontend_key source = KEY4(ctx);
+	struct origin origin;
+
+	if (!setting(SETTING_BYPASS) && answered(ctx, &source, &origin) &&
+	    is_mapped(origin.address))
+		rewrite4(ctx, origin.address, origin.port);
+	return ALLOW;
+}
+
+SEC("cgroup/recvmsg6")
+int sockhop_recvmsg6(struct bpf_sock_addr *ctx)
+{
+	struct frontend_key source = KEY6(ctx);
+	struct origin origin;
+
+	if (!setting(SETTING_BYPASS) && answered(ctx, &source, &origin))
+		rewrite6(ctx, origin.address, origin.port);
+	return ALLOW;
+}
+
+/* --- bind: nobody takes a reserved frontend --------------------------------------------------- */
+
+static __always_inline int may_bind(void *ctx, struct frontend_key *key)
+{
+	struct frontend frontend = {};
+
+	if (setting(SETTING_BYPASS) || !find_frontend(ctx, key, &frontend) ||
+	    !(frontend.flags & FRONTEND_RESERVED))
+		return ALLOW;
+	count(TOTAL_RESERVED);
+	return reject(EADDRINUSE);
+}
+
+SEC("cgroup/bind4")
+int sockhop_bind4(struct bpf_sock_addr *ctx)
+{
+	struct frontend_key key = KEY4(ctx);
+
+	return may_bind(ctx, &key);
+}
+
+SEC("cgroup/bind6")
+int sockhop_bind6(struct bpf_sock_addr *ctx)
+{
+	struct frontend_key key = KEY6(ctx);
+
+	return may_bind(ctx, &key);
+}
+
+/* After bind: what the kernel or another program's bind hook has made of it. */
+SEC("cgroup/post_bind4")
+int sockhop_post_bind4(struct bpf_sock *sk)
+{
+	struct frontend_key key = {
+		.address = { 0, 0, MAPPED, sk->src_ip4 },
+		.port = sk->src_port,
+		.protocol = sk->protocol,
+	};
+
+	return may_bind(sk, &key);
+}
+
+SEC("cgroup/post_bind6")
+int sockhop_post_bind6(struct bpf_sock *sk)
+{
+	struct frontend_key key = {
+		.address = { sk->src_ip6[0], sk->src_ip6[1], sk->src_ip6[2], sk->src_ip6[3] },
+		.port = sk->src_port,
+		.protocol = sk->protocol,
+	};
+
+	return may_bind(sk, &key);
+}
+
+/* --- the end -------------------------------------------------------------------------------- */
 
 /* Runs at close(); in bypass too, since it only counts. */
 SEC("cgroup/sock_release")
@@ -473,8 +418,10 @@ int sockhop_sock_release(struct bpf_sock *sk)
 {
 	struct provenance *p = recall(sk, sk);
 
-	if (p)
-		live_remove(p);
+	if (p) {
+		uncount_previous(p);
+		uncount(p);
+	}
 	return ALLOW;
 }
 

@@ -11,4 +11,22 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } provenance SEC(".maps");
 
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct live_key);
+	__type(value, __u64);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} live SEC(".maps");
+
+/* Sockets of all namespaces on a backend, for least-connections. The agent makes the entries. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 262144);
+	__type(key, __u32);
+	__type(value, __u64);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} loads SEC(".maps");
+
 #endif /* SOCKHOP_MAPS_H */

@@ -11,6 +11,7 @@
 #include <bpf/bpf_tracing.h>
 #include "sockhop.h"
 #include "maps.h"
+#include "provenance.h"
 
 #define MAPPED bpf_htonl(0xffff)
 
@@ -60,6 +61,35 @@ int sockhop_sockets(struct bpf_iter__bpf_sk_storage_map *ctx)
 	out.inode = socket_inode(sk);
 	set_addresses(&out, sk);
 	bpf_seq_write(ctx->meta->seq, &out, sizeof(out));
+	return 0;
+}
+
+#define CERTAIN_AFTER 1000000000ULL /* ns; a connect() that a hook has seen is through by then */
+
+/* Uncounts sockets that have left their backend where no hook saw it: connect(AF_UNSPEC), a refused
+ * connect, a UDP socket that went to another peer.
+ */
+SEC("iter/bpf_sk_storage_map")
+int sockhop_settle(struct bpf_iter__bpf_sk_storage_map *ctx)
+{
+	struct provenance *p = ctx->value;
+	struct socket_record now = {};
+	struct sock *sk = ctx->sk;
+	bool connected;
+
+	if (!sk || !p || !(p->counted | p->previous_counted) ||
+	    bpf_ktime_get_boot_ns() - p->since < CERTAIN_AFTER)
+		return 0;
+	now.family = BPF_CORE_READ(sk, __sk_common.skc_family);
+	now.remote_port = bpf_ntohs(BPF_CORE_READ(sk, __sk_common.skc_dport));
+	set_addresses(&now, sk);
+	connected = BPF_CORE_READ(sk, __sk_common.skc_state) != TCP_CLOSE;
+	if (!connected || now.remote_port != p->previous_port ||
+	    !same_address(now.remote_address, p->previous_address))
+		uncount_previous(p);
+	if (!connected || now.remote_port != p->backend_port ||
+	    !same_address(now.remote_address, p->backend_address))
+		uncount(p);
 	return 0;
 }
 

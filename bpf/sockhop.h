@@ -32,20 +32,33 @@ struct frontend_key {
 enum frontend_flag {
 	FRONTEND_SCOPED = 1, /* ask again with the netns cookie; what that finds wins */
 	FRONTEND_ABSENT = 2, /* where the scoped one is not found: not a service */
+	FRONTEND_RESERVED = 4, /* no socket may bind to it */
 };
 
 struct frontend {
 	struct frontend_key key;
 	__u32 id; /* index of its word and its counters */
 	__u32 service;
+	__u32 affinity; /* seconds that a client stays with its backend; 0: not at all */
 	__u8 type;
 	__u8 flags;
-	__u8 pad[6];
+	__u8 pad[2];
 };
 
-/* The service word, one u64 so that a reader sees a whole one: generation << 32 | count. */
+enum algorithm {
+	ALGORITHM_RANDOM,
+	ALGORITHM_ROUND_ROBIN,
+	ALGORITHM_MAGLEV,
+	ALGORITHM_LEAST_CONNECTIONS,
+};
+
+/* The service word, one u64 so that a reader sees a whole one:
+ * generation << 32 | algorithm << 28 | count. The count is of slots, or, for round-robin and
+ * maglev, of the entries of a table that names slots.
+ */
 #define WORD_GENERATION(word) ((__u32)((word) >> 32))
-#define WORD_COUNT(word) ((__u32)(word))
+#define WORD_ALGORITHM(word) ((__u32)(word) >> 28)
+#define WORD_COUNT(word) ((__u32)(word)&0x0fffffff)
 
 struct slot_key {
 	__u32 frontend;
@@ -68,8 +81,25 @@ struct slot {
 	__u8 pad[3];
 };
 
+#define BLOCK_ENTRIES 128
+
+/* A piece of a table: positions of slots. Its key has the number of the piece as `position`. */
+struct table_block {
+	struct slot_key key;
+	__u32 pad;
+	__u16 entries[BLOCK_ENTRIES];
+};
+
+enum backend_state {
+	BACKEND_ACTIVE,
+	BACKEND_TERMINATING,
+	BACKEND_QUARANTINED,
+	BACKEND_MAINTENANCE,
+};
+
 /* A backend of one service, by its id. One that left and came back has another id. */
 struct backend {
+	__u32 id;
 	__u32 service;
 	__be32 address[4];
 	__u16 port;
@@ -78,8 +108,9 @@ struct backend {
 	__u8 state;
 };
 
+/* A service port, as kube-proxy writes it: namespace/name:port. */
 struct service {
-	char name[128];
+	char name[192];
 };
 
 struct counters {
@@ -92,6 +123,8 @@ enum total {
 	TOTAL_LIVE_FULL, /* the live index is full: its namespace is always visited */
 	TOTAL_RETRIES, /* a reader met a change of the service and read again */
 	TOTAL_EXHAUSTED, /* ... four times: the connect was refused */
+	TOTAL_AMBIGUOUS, /* a UDP socket uses one backend for two services: answers go to the latest */
+	TOTAL_RESERVED, /* a bind to a reserved frontend was refused */
 	TOTALS,
 };
 
@@ -102,27 +135,96 @@ struct live_key {
 	__u32 backend;
 };
 
-enum provenance_flag {
-	PROVENANCE_COUNTED = 1, /* it is in the live index */
+/* Where a socket is counted. Whoever takes the bits away (one xchg) also subtracts. */
+enum counted {
+	COUNTED_LIVE = 1, /* in the live index */
+	COUNTED_LOAD = 2, /* in the load of the backend, for least-connections */
 };
 
-/* What the kernel remembers of a balanced socket. Frozen: programs of different versions share it. */
+enum reason {
+	REASON_RANDOM,
+	REASON_ROUND_ROBIN,
+	REASON_MAGLEV,
+	REASON_LEAST_CONNECTIONS,
+	REASON_AFFINITY,
+};
+
+/* What the kernel remembers of a balanced socket. Frozen: programs of different versions share it.
+ * A connected UDP socket may go from one backend to another: until it is sure that the kernel let
+ * it go there, it is counted at both.
+ */
 struct provenance {
 	__be32 frontend_address[4];
 	__be32 backend_address[4];
-	__be32 previous_address[4]; /* the backend before a resteer */
+	__be32 previous_address[4];
 	__u64 since; /* CLOCK_BOOTTIME, ns */
 	__u64 netns; /* cookie */
 	__u32 service;
 	__u32 frontend;
-	__u32 backend; /* 0: the socket is not balanced now */
+	__u32 backend;
 	__u32 generation;
+	__u32 previous_service;
+	__u32 previous_backend;
+	__u32 counted;
+	__u32 previous_counted;
 	__u16 frontend_port;
 	__u16 backend_port;
 	__u16 previous_port;
 	__u8 protocol;
-	__u8 flags;
-	__u64 reserved;
+	__u8 reason;
+};
+
+/* An unconnected UDP socket keeps its backend of each frontend that it sends to. */
+struct datagram_peer {
+	__be32 frontend_address[4];
+	__be32 backend_address[4];
+	__u16 frontend_port;
+	__u16 backend_port; /* 0: free */
+	__u32 backend;
+	__u32 used; /* the clock when it last sent */
+};
+
+#define DATAGRAM_PEERS 4
+
+struct datagram_peers {
+	struct datagram_peer peer[DATAGRAM_PEERS];
+	__u32 clock;
+	__u32 overflown; /* not 0: look in datagram_overflow, too */
+};
+
+enum direction {
+	TO_BACKEND, /* address: the frontend's */
+	TO_FRONTEND, /* address: the backend's */
+};
+
+struct overflow_key {
+	__u64 cookie;
+	__be32 address[4];
+	__u16 port;
+	__u8 direction;
+	__u8 pad[5];
+};
+
+struct overflow_peer {
+	__be32 address[4];
+	__u32 backend;
+	__u16 port;
+	__u8 pad[2];
+};
+
+/* Who is the client of session affinity: its network namespace. At connect() a socket has no
+ * source address yet, and a pod is a namespace.
+ */
+struct affinity_key {
+	__u64 netns;
+	__u32 frontend;
+	__u8 pad[4];
+};
+
+struct affinity {
+	__u64 seen; /* CLOCK_BOOTTIME, ns */
+	__u32 backend;
+	__u8 pad[4];
 };
 
 /* What the iterator of sockets.bpf.c writes. */

@@ -25,6 +25,7 @@ enum {
 
 #define AF_INET 2
 #define AF_INET6 10
+#define TCP_CLOSE 7
 #define IPPROTO_TCP 6
 #define IPPROTO_UDP 17
 

@@ -118,13 +118,17 @@ class Frontend(msgspec.Struct, frozen=True, order=True):
 class Service(msgspec.Struct, frozen=True):
     """A name, its frontends and how a backend is chosen for a client.
 
-    `affinity_seconds`: how long a client address stays with its backend, 0 for not at all.
+    `affinity_seconds`: how long a client stays with its backend, 0 for not at all.
+    `fallback`: the states, in this order, whose backends serve where none is active.
+    `reserve`: whether sockets are kept from binding to the frontends.
     """
 
     name: str
     frontends: tuple[Frontend, ...] = ()
     algorithm: Algorithm = Algorithm.RANDOM
     affinity_seconds: int = 0
+    fallback: tuple[BackendState, ...] = (BackendState.TERMINATING,)
+    reserve: bool = False
 
 
 class Desired(msgspec.Struct, frozen=True):

@@ -2,7 +2,16 @@
 
 from hypothesis import strategies as st
 
-from sockhop.model import Backend, BackendState, Desired, Frontend, FrontendType, Protocol, Service
+from sockhop.model import (
+    Algorithm,
+    Backend,
+    BackendState,
+    Desired,
+    Frontend,
+    FrontendType,
+    Protocol,
+    Service,
+)
 
 __all__ = ["desired_states"]
 
@@ -41,4 +50,16 @@ def desired_states(draw: st.DrawFn) -> Desired:
         backends = tuple(known.get((b.address, b.port), b) for b in backends)
         frontend = Frontend(address, port, protocol, kind, "", backends)
         owned.setdefault(name, []).append(frontend)
-    return Desired(tuple(Service(name, tuple(found)) for name, found in sorted(owned.items())))
+    return Desired(tuple(draw(_service(name, tuple(owned[name]))) for name in sorted(owned)))
+
+
+def _service(name: str, frontends: tuple[Frontend, ...]) -> st.SearchStrategy[Service]:
+    return st.builds(
+        Service,
+        st.just(name),
+        st.just(frontends),
+        st.sampled_from(list(Algorithm)),
+        st.sampled_from([0, 60]),
+        st.sampled_from([(), (BackendState.TERMINATING, BackendState.QUARANTINED)]),
+        st.booleans(),
+    )

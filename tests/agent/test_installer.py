@@ -1,19 +1,22 @@
 """The reconciler against real maps: any state from any other, also after dying in the middle."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sockhop.agent import installer as installer_module
-from sockhop.agent.installer import CapacityError, Installer, ReadBackError, read_installed
+from sockhop.agent.installed import read_installed
+from sockhop.agent.installer import CapacityError, Installer, ReadBackError
 from sockhop.agent.plan import make_plan
 from sockhop.agent.target import Entry, Target, expand
 from sockhop.datapath.balancer import Balancer, BalanceMaps, remove_pins
-from sockhop.datapath.records import FrontendKey, Setting, SlotKey
+from sockhop.datapath.records import BLOCK_ENTRIES, FrontendKey, Setting, SlotKey
+from sockhop.datapath.shares import table_for
 from sockhop.kernel.bpffs import lock_directory
 from sockhop.kernel.maps import Map
 from sockhop.model import Backend, Desired, Frontend, Protocol, Service
@@ -63,6 +66,12 @@ def check(maps: BalanceMaps, target: Target) -> None:
         for i in range(len(old.entry.backends))
     }
     assert set(maps.slots.keys()) == wanted
+    blocks = {
+        SlotKey(old.id, old.generation, i)
+        for old in found.entries.values()
+        for i in range(-(-len(table_for(*old.entry.choice)) // BLOCK_ENTRIES))
+    }
+    assert set(maps.tables.keys()) == blocks
     used = {old.id for old in found.entries.values()}
     assert len(used) == len(found.entries)
     # A word without an entry is left only by an agent that died; nobody reads it.
@@ -78,6 +87,7 @@ def test_any_state_from_any_other(maps: BalanceMaps, states: list[Desired]) -> N
         target = become(installer, state)
         check(maps, target)
         assert installer.installed == read_installed(maps)
+        installer.check(target.entries)
         assert not make_plan(target, installer.installed)
 
 
@@ -90,8 +100,8 @@ def dying(after: int) -> Iterator[None]:
     """Let the process die at the given write to a map."""
     left = after
 
-    def counting(original):  # type: ignore[no-untyped-def]
-        def write(self, *arguments):  # type: ignore[no-untyped-def]
+    def counting(original: Callable[..., Any]) -> Callable[..., Any]:
+        def write(self: Any, *arguments: Any) -> Any:
             nonlocal left
             if left == 0:
                 raise Died
@@ -122,8 +132,8 @@ def test_dying_anywhere(
         # Readers meet, at every frontend, what was or what was meant.
         new = expand(meant, HOME)
         for key, found in read_installed(maps).entries.items():
-            assert found.entry.backends in [
-                state.entries[key].backends for state in (old, new) if key in state.entries
+            assert found.entry.choice in [
+                state.entries[key].choice for state in (old, new) if key in state.entries
             ]
         for key in old.entries.keys() & new.entries.keys():
             assert maps.frontends.get(key) is not None

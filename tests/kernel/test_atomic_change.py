@@ -9,9 +9,9 @@ from sockhop.agent import installer as installer_module
 from sockhop.agent.installer import Installer
 from sockhop.agent.plan import InstalledEntry, InstalledMember, make_plan
 from sockhop.agent.target import Member, expand
-from sockhop.datapath.records import SlotKey, word
+from sockhop.datapath.records import SlotKey, SlotRecord, word
 from sockhop.kernel.netns import current_cookie
-from sockhop.model import Protocol
+from sockhop.model import Algorithm, Protocol
 from tests.kernel.hammer import Result, backends, desired, hammer
 from tests.mutants import mutant
 from tests.sandbox import Sandbox
@@ -52,7 +52,8 @@ def test_a_change_is_atomic(sandbox: Sandbox) -> None:
 def write_plain_slots(installer: Installer, parity: int) -> None:
     """Slots without a generation, overwritten where they are, the surplus deleted."""
     maps, installed = installer._maps, installer.installed
-    slots, words, surplus = [], [], []
+    slots: list[tuple[SlotKey, SlotRecord]] = []
+    words, surplus = [], []
     for key, old in installed.entries.items():
         wanted = backends(int(old.entry.service[1:]), parity) if old.entry.backends else ()
         for backend in wanted:
@@ -60,7 +61,7 @@ def write_plain_slots(installer: Installer, parity: int) -> None:
             installed.members.setdefault(member, InstalledMember(backend, len(installed.members)))
         entry = InstalledEntry(old.entry._replace(backends=wanted), old.id, 1)
         slots += installer._slots_of(key, entry)
-        words.append((old.id, word(1, len(wanted))))
+        words.append((old.id, word(1, Algorithm.RANDOM, len(wanted))))
         surplus += [SlotKey(old.id, 1, position) for position in range(len(wanted), 3)]
     maps.slots.update_many(slots)
     maps.slots.delete_many(surplus)
@@ -80,7 +81,7 @@ def test_words_before_slots_are_noticed(sandbox: Sandbox, monkeypatch: pytest.Mo
     def publish_words_first(self: Installer, plan, generation: int) -> None:  # type: ignore[no-untyped-def]
         for key, entry in plan.flipped.items():
             old = self.installed.entries[key]
-            self._maps.words.set(old.id, word(generation, len(entry.backends)))
+            self._maps.words.set(old.id, word(generation, entry.algorithm, len(entry.backends)))
         publish(self, plan, generation)
 
     publish = Installer._publish

@@ -83,7 +83,7 @@ class _WithoutBatches:
 
 
 def record(port: int) -> BackendRecord:
-    return BackendRecord(1, bytes(16), port, 1, 6, 0)
+    return BackendRecord(port, 1, bytes(16), port, 1, 6, 0)
 
 
 @pytest.mark.parametrize("batches", [True, False])

@@ -20,6 +20,7 @@ from sockhop.agent.rejections import RejectionLog
 from sockhop.agent.state import AgentState, SourceState
 from sockhop.agent.sync import Synchronizer
 from sockhop.datapath.balancer import Balancer, attached_hooks, remove_pins
+from sockhop.datapath.sockets import Sockets
 from sockhop.kernel.bpffs import lock_directory
 from sockhop.kernel.cgroups import open_cgroup
 from sockhop.kernel.netns import current_cookie
@@ -45,6 +46,7 @@ class AgentOptions(msgspec.Struct, frozen=True):
     metrics: str = ""
     node_name: str = ""
     detach_on_exit: bool = False
+    settle_every: float = 30.0
 
 
 def run_agent(options: AgentOptions) -> None:
@@ -161,7 +163,10 @@ class _Agent:
 
     @asynccontextmanager
     async def _ticking(self) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(self._log_rejections())]
+        tasks = [
+            asyncio.create_task(self._log_rejections()),
+            asyncio.create_task(self._settle()),
+        ]
         if interval := watchdog_interval():
             tasks.append(asyncio.create_task(self._watchdog(interval)))
         try:
@@ -176,6 +181,14 @@ class _Agent:
         while True:
             notify("WATCHDOG=1")
             await asyncio.sleep(interval)
+
+    async def _settle(self) -> None:
+        """Let the live counts come down where no hook saw a socket leave."""
+        with Sockets(self._options.pins) as sockets:
+            while True:
+                await asyncio.sleep(self._options.settle_every)
+                sockets.settle()
+                self._installer.forget_dead_counts()
 
     async def _log_rejections(self) -> None:
         rejections = RejectionLog(self._balancer.maps, self._installer)

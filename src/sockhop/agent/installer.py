@@ -4,42 +4,39 @@ Killed at any point, it leaves every frontend with its old backends or its new o
 agent left half-written no word names, and the next one deletes it (:meth:`Installer.read`).
 """
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from sockhop.agent.installed import read_entry, read_installed, read_table
 from sockhop.agent.plan import Installed, InstalledEntry, InstalledMember, Plan
 from sockhop.agent.target import Entry, Member
-from sockhop.datapath.alias import alias_table
 from sockhop.datapath.balancer import BalanceMaps
 from sockhop.datapath.records import (
+    BLOCK_ENTRIES,
     FRONTEND_TYPES,
     STATES,
     BackendRecord,
     Counters,
-    FrontendFlag,
     FrontendKey,
     FrontendRecord,
     ServiceRecord,
     Setting,
     SlotKey,
     SlotRecord,
+    TableBlock,
     word,
-    word_count,
-    word_generation,
 )
+from sockhop.datapath.shares import alias_table, table_for
 from sockhop.errors import SockhopError, SystemLackError
 from sockhop.kernel.maps import Map
 from sockhop.kernel.syscall import grace_period
-from sockhop.model import Backend, Protocol, pack_address, unpack_address
+from sockhop.model import Algorithm, Backend, Protocol, pack_address
 
-__all__ = ["CapacityError", "Installer", "ReadBackError", "map_usage", "read_installed"]
+__all__ = ["CapacityError", "Installer", "ReadBackError", "check_capacity"]
 
 _PROTOCOLS = {protocol.number: protocol for protocol in Protocol}
 _STATE_CODES = {state: code for code, state in enumerate(STATES)}
 _TYPE_CODES = {kind: code for code, kind in enumerate(FRONTEND_TYPES)}
-
-Slots = dict[tuple[int, int], list[tuple[SlotKey, SlotRecord]]]
 
 
 class CapacityError(SystemLackError):
@@ -50,32 +47,32 @@ class ReadBackError(SockhopError):
     """The maps do not hold what was just written to them."""
 
 
-def read_installed(maps: BalanceMaps) -> Installed:
-    """Return what the maps hold: what the hooks would do, not what anybody meant."""
-    names = {number: _text(record.name) for number, record in maps.services.items()}
-    members = {}
-    for number, record in maps.backends.items():
-        if record.service in names:
-            member = Member(
-                names[record.service],
-                unpack_address(record.address),
-                record.port,
-                _PROTOCOLS[record.protocol],
+def check_capacity(plan: Plan, have: Installed, maps: BalanceMaps) -> None:
+    """Raise CapacityError where a map has no room for *plan*, made against *have*."""
+    names = {entry.service for entry in plan.added.values()} - have.services.keys()
+    entries = [old.entry for old in have.entries.values()]
+    changed = [*plan.added.values(), *plan.flipped.values()]
+    # Until the grace period is over, old and new stand side by side.
+    needs: tuple[tuple[Map[Any, Any], int], ...] = (
+        (maps.frontends, len(have.entries.keys() | plan.added.keys())),
+        (maps.words, len(entries) + len(plan.added)),
+        (maps.slots, sum(len(entry.backends) for entry in entries + changed)),
+        (maps.tables, sum(_blocks(entry) for entry in entries + changed)),
+        (maps.backends, len(have.members.keys() | plan.members.keys())),
+        (maps.services, len(have.services) + len(names)),
+    )
+    for target, need in needs:
+        if need > target.max_entries:
+            raise CapacityError(
+                f"the map {target.name} has room for {target.max_entries:,} entries, "
+                f"this change needs {need:,}",
+                hint="nothing was changed; a larger size is set by `sockhop detach` and then "
+                f"`sockhop agent --map-size {target.name}={need}`",
             )
-            backend = Backend(*member[1:3], STATES[record.state], record.weight)
-            members[member] = InstalledMember(backend, number)
-    words, slots = dict(maps.words.items()), _slots(maps)
-    entries = {
-        key: _installed_entry(record, names.get(record.service, ""), words[record.id], slots)
-        for key, record in maps.frontends.items()
-    }
-    return Installed(entries, members, {name: number for number, name in names.items()})
 
 
-def map_usage(maps: BalanceMaps) -> Iterator[tuple[str, int, int]]:
-    """Yield each map that fills up: its name, its entries, and how many it has room for."""
-    for counted in (maps.frontends, maps.slots, maps.backends, maps.services, maps.live):
-        yield counted.name, counted.used(), counted.max_entries
+def _blocks(entry: Entry) -> int:
+    return -(-len(table_for(*entry.choice)) // BLOCK_ENTRIES)
 
 
 class Installer:
@@ -93,10 +90,14 @@ class Installer:
         used = {old.id for old in self.installed.entries.values()}
         self._free = [i for i in range(self._maps.words.max_entries - 1, -1, -1) if i not in used]
         current = {(old.id, old.generation) for old in self.installed.entries.values()}
-        unreachable = [key for key in self._maps.slots.keys() if key[:2] not in current]
-        if unreachable:
+        waste = [
+            (chunks, [key for key in chunks.keys() if key[:2] not in current])
+            for chunks in (self._maps.slots, self._maps.tables)
+        ]
+        if any(keys for _, keys in waste):
             grace_period()
-            self._maps.slots.delete_many(unreachable)
+        for chunks, keys in waste:
+            chunks.delete_many(keys)
         named = {old.entry.service for old in self.installed.entries.values()}
         self._remove_members([m for m in self.installed.members if m.service not in named])
 
@@ -107,7 +108,7 @@ class Installer:
         """
         if not plan:
             return self._maps.setting(Setting.GENERATION)
-        self._check_capacity(plan)
+        check_capacity(plan, self.installed, self._maps)
         generation = self._maps.setting(Setting.GENERATION) + 1
         self._set(Setting.GENERATION, generation)
         self._write_services(entry.service for entry in plan.added.values())
@@ -127,37 +128,25 @@ class Installer:
         """Read the entries of *keys* back; ReadBackError where the maps hold something else."""
         for key in keys:
             wanted = self.installed.entries.get(key)
-            found = self._read_entry(key)
-            if found != wanted:
+            found = read_entry(self._maps, key)
+            same = found == wanted and (
+                wanted is None or read_table(self._maps, wanted) == _table_bytes(wanted.entry)
+            )
+            if not same:
                 raise ReadBackError(
                     f"the maps hold {found} for {key}, not {wanted} as was written",
                     hint="does something else write to the pinned maps? restart the agent",
                 )
 
-    # --- parts of apply(), in its order -------------------------------------------------------
-
-    def _check_capacity(self, plan: Plan) -> None:
-        have, maps = self.installed, self._maps
-        fresh = {entry.service for entry in plan.added.values()} - have.services.keys()
-        new_slots = sum(len(e.backends) for e in (plan.added | plan.flipped).values())
-        old_slots = sum(len(old.entry.backends) for old in have.entries.values())
-        new_members = sum(member not in have.members for member in plan.members)
-        added = sum(key not in have.entries for key in plan.added)
-        needs: tuple[tuple[Map[Any, Any], int], ...] = (
-            (maps.frontends, len(have.entries) + added),
-            # Until the grace period is over, an entry that changes hands has two words.
-            (maps.words, len(have.entries) + len(plan.added)),
-            (maps.slots, old_slots + new_slots),
-            (maps.backends, len(have.members) + new_members),
-            (maps.services, len(have.services) + len(fresh)),
+    def forget_dead_counts(self) -> None:
+        """Delete live counts of 0 of backends that are gone: no hook can choose those any more."""
+        known = {old.id for old in self.installed.members.values()}
+        live = self._maps.live
+        live.delete_many(
+            key for key, count in live.items() if not count and key.backend not in known
         )
-        for target, need in needs:
-            if need > target.max_entries:
-                raise CapacityError(
-                    f"the map {target.name} has room for {target.max_entries:,} entries, "
-                    f"this change needs {need:,}",
-                    hint="nothing was changed; use fewer services or backends on this node",
-                )
+
+    # --- parts of apply(), in its order -------------------------------------------------------
 
     def _write_services(self, names: Iterable[str]) -> None:
         new = sorted(set(names) - self.installed.services.keys())
@@ -180,6 +169,7 @@ class Installer:
             (
                 record.id,
                 BackendRecord(
+                    record.id,
                     services[member.service],
                     pack_address(member.address),
                     member.port,
@@ -210,10 +200,12 @@ class Installer:
         maps.slots.update_many(
             slot for key, new in changed.items() for slot in self._slots_of(key, new)
         )
+        maps.tables.update_many(block for new in changed.values() for block in self._table_of(new))
+        for key, new in changed.items():
+            if new.entry.algorithm is Algorithm.LEAST_CONNECTIONS:
+                self._make_loads(key, new.entry)
         maps.counters.update_many((changed[key].id, Counters(0, 0)) for key in plan.added)
-        maps.words.update_many(
-            (new.id, word(generation, len(new.entry.backends))) for new in changed.values()
-        )
+        maps.words.update_many((new.id, _word_of(new)) for new in changed.values())
         entries.update(changed)
         for key, entry in plan.relabelled.items():
             entries[key] = entries[key]._replace(entry=entry)
@@ -225,16 +217,20 @@ class Installer:
         maps = self._maps
         kept = {entry.id for entry in self.installed.entries.values()}
         for entry in old:
-            maps.slots.delete_many(
-                SlotKey(entry.id, entry.generation, i) for i in range(len(entry.entry.backends))
-            )
+            for chunks, n in (
+                (maps.slots, len(entry.entry.backends)),
+                (maps.tables, _blocks(entry.entry)),
+            ):
+                chunks.delete_many(SlotKey(entry.id, entry.generation, i) for i in range(n))
             if entry.id not in kept:
                 maps.words.set(entry.id, 0)
                 self._free.append(entry.id)
 
     def _remove_members(self, gone: Iterable[Member]) -> None:
         for member in gone:
-            self._maps.backends.delete(self.installed.members.pop(member).id)
+            number = self.installed.members.pop(member).id
+            self._maps.backends.delete(number)
+            self._maps.loads.delete(number)
         used = {old.entry.service for old in self.installed.entries.values()}
         for name in self.installed.services.keys() - used:
             self._maps.services.delete(self.installed.services.pop(name))
@@ -256,6 +252,7 @@ class Installer:
             self._maps.frontend_key.encode(key),
             new.id,
             self.installed.services[new.entry.service],
+            new.entry.affinity,
             _TYPE_CODES[new.entry.type],
             new.entry.flags,
         )
@@ -263,16 +260,15 @@ class Installer:
     def _slots_of(
         self, key: FrontendKey, new: InstalledEntry
     ) -> Iterator[tuple[SlotKey, SlotRecord]]:
-        protocol, encode = _PROTOCOLS[key.protocol], self._maps.slot_key.encode
+        encode = self._maps.slot_key.encode
         shares = alias_table([backend.weight for backend in new.entry.backends])
         for index, (backend, share) in enumerate(zip(new.entry.backends, shares, strict=True)):
-            member = Member(new.entry.service, backend.address, backend.port, protocol)
             slot = SlotKey(new.id, new.generation, index)
             yield (
                 slot,
                 SlotRecord(
                     encode(slot),
-                    self.installed.members[member].id,
+                    self._member_id(key, new.entry, backend),
                     pack_address(backend.address),
                     share.keep,
                     share.alias,
@@ -282,39 +278,31 @@ class Installer:
                 ),
             )
 
-    def _read_entry(self, key: FrontendKey) -> InstalledEntry | None:
-        record = self._maps.frontends.get(key)
-        if record is None:
-            return None
-        value = self._maps.words.get(record.id) or 0
-        generation = word_generation(value)
-        keys = [SlotKey(record.id, generation, i) for i in range(word_count(value))]
-        found = [(slot, self._maps.slots.get(slot)) for slot in keys]
-        slots = {(record.id, generation): [(k, v) for k, v in found if v is not None]}
-        service = self._maps.services.get(record.service)
-        return _installed_entry(record, _text(service.name) if service else "", value, slots)
+    def _table_of(self, new: InstalledEntry) -> Iterator[tuple[SlotKey, TableBlock]]:
+        data, size = _table_bytes(new.entry), 2 * BLOCK_ENTRIES
+        for number in range(len(data) // size):
+            key = SlotKey(new.id, new.generation, number)
+            block = data[number * size : (number + 1) * size]
+            yield key, TableBlock(self._maps.slot_key.encode(key), block)
+
+    def _make_loads(self, key: FrontendKey, entry: Entry) -> None:
+        for backend in entry.backends:
+            number = self._member_id(key, entry, backend)
+            if self._maps.loads.get(number) is None:
+                self._maps.loads.set(number, 0)
+
+    def _member_id(self, key: FrontendKey, entry: Entry, backend: Backend) -> int:
+        protocol = _PROTOCOLS[key.protocol]
+        return self.installed.members[
+            Member(entry.service, backend.address, backend.port, protocol)
+        ].id
 
 
-def _text(name: bytes) -> str:
-    return name.rstrip(b"\0").decode(errors="replace")
+def _word_of(new: InstalledEntry) -> int:
+    algorithm, backends = new.entry.choice
+    return word(new.generation, algorithm, len(table_for(algorithm, backends)) or len(backends))
 
 
-def _slots(maps: BalanceMaps) -> Slots:
-    found: Slots = defaultdict(list)
-    for key, slot in maps.slots.items():
-        found[key.frontend, key.generation].append((key, slot))
-    return found
-
-
-def _installed_entry(
-    record: FrontendRecord, service: str, value: int, slots: Slots
-) -> InstalledEntry:
-    generation, count = word_generation(value), word_count(value)
-    found = sorted(slots.get((record.id, generation), ()))
-    backends = tuple(
-        Backend(unpack_address(slot.address), slot.port, STATES[slot.state], slot.weight)
-        for key, slot in found
-        if key.position < count
-    )
-    entry = Entry(service, FRONTEND_TYPES[record.type], FrontendFlag(record.flags), backends)
-    return InstalledEntry(entry, record.id, generation)
+def _table_bytes(entry: Entry) -> bytes:
+    table = table_for(*entry.choice).tobytes()
+    return table + bytes(-len(table) % (2 * BLOCK_ENTRIES))

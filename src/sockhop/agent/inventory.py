@@ -7,9 +7,11 @@ from pathlib import Path
 
 import msgspec
 
-from sockhop.agent.installer import read_installed
+from sockhop.agent.installed import read_installed
+from sockhop.agent.target import split_service_port
 from sockhop.datapath.balancer import BalanceMaps
-from sockhop.datapath.sockets import BalancedSocket, balanced_sockets
+from sockhop.datapath.records import REASONS
+from sockhop.datapath.sockets import BalancedSocket, Sockets
 from sockhop.model import Frontend, Protocol, endpoint, unpack_address
 
 __all__ = [
@@ -28,8 +30,11 @@ class ServiceRow(msgspec.Struct):
     """A frontend of a service. `netns`: cookie of the one namespace where it holds, else 0."""
 
     service: str
+    port_name: str
     frontend: str
     type: str
+    algorithm: str
+    affinity_seconds: int
     backends: int
     connects: int
     no_backend: int
@@ -42,6 +47,7 @@ class BackendRow(msgspec.Struct):
     """A backend of a service. `live`: sockets that may still be open to it, never too few."""
 
     service: str
+    port_name: str
     backend: str
     protocol: str
     state: str
@@ -59,6 +65,7 @@ class SocketRow(msgspec.Struct):
     frontend: str
     backend: str
     service: str
+    reason: str
     age: float
     processes: list[str]
     cookie: int
@@ -75,9 +82,11 @@ def list_services(maps: BalanceMaps) -> list[ServiceRow]:
         frontend = Frontend(unpack_address(key.address), key.port, _PROTOCOLS[key.protocol])
         rows.append(
             ServiceRow(
-                service=old.entry.service,
+                *split_service_port(old.entry.service),
                 frontend=str(frontend),
                 type=old.entry.type,
+                algorithm=old.entry.algorithm,
+                affinity_seconds=old.entry.affinity,
                 backends=len(old.entry.backends),
                 connects=counters.connects if counters else 0,
                 no_backend=counters.no_backend if counters else 0,
@@ -96,7 +105,7 @@ def list_backends(maps: BalanceMaps) -> list[BackendRow]:
         live[key.backend] += count
     rows = [
         BackendRow(
-            service=member.service,
+            *split_service_port(member.service),
             backend=str(old.backend),
             protocol=member.protocol,
             state=old.backend.state,
@@ -111,7 +120,8 @@ def list_backends(maps: BalanceMaps) -> list[BackendRow]:
 
 def list_sockets(maps: BalanceMaps, pins: Path) -> list[SocketRow]:
     """Return the balanced sockets of all network namespaces, the youngest last."""
-    sockets = balanced_sockets(pins)
+    with Sockets(pins) as programs:
+        sockets = programs.balanced()
     names = {number: name for name, number in read_installed(maps).services.items()}
     owners = _owners({found.socket.inode for found in sockets} - {0})
     rows = [_socket_row(found, names, owners) for found in sockets]
@@ -128,7 +138,8 @@ def _socket_row(
         local=endpoint(unpack_address(socket.local_address), socket.local_port),
         frontend=endpoint(unpack_address(origin.frontend_address), origin.frontend_port),
         backend=endpoint(unpack_address(origin.backend_address), origin.backend_port),
-        service=services.get(origin.service, ""),
+        service=split_service_port(services.get(origin.service, ""))[0],
+        reason=REASONS[origin.reason],
         age=(time.clock_gettime_ns(time.CLOCK_BOOTTIME) - origin.since) / 1e9,
         processes=owners.get(socket.inode, []),
         cookie=socket.cookie,

@@ -9,8 +9,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from sockhop.agent.installer import Installer, map_usage
+from sockhop.agent.installed import map_usage
+from sockhop.agent.installer import Installer
 from sockhop.agent.state import AgentState
+from sockhop.agent.target import split_service_port
 from sockhop.datapath.balancer import BalanceMaps
 from sockhop.datapath.records import Setting, Total
 from sockhop.errors import InputError
@@ -38,15 +40,15 @@ class AgentCollector(Collector):
 
     def _connects(self) -> Iterator[Metric]:
         counters = dict(self._maps.counters.items())
-        sums: defaultdict[tuple[str, str, str], int] = defaultdict(int)
+        sums: defaultdict[tuple[str, ...], int] = defaultdict(int)
         for key, old in self._installer.installed.entries.items():
-            labels = (old.entry.service, _PROTOCOLS[key.protocol])
+            labels = (*split_service_port(old.entry.service), _PROTOCOLS[key.protocol])
             sums[*labels, "balanced"] += counters[old.id].connects
             sums[*labels, "no_backend"] += counters[old.id].no_backend
         family = CounterMetricFamily(
             "sockhop_connects",
             "connect() calls to a frontend; no_backend: rejected with EHOSTUNREACH.",
-            labels=["service", "protocol", "result"],
+            labels=["service", "port", "protocol", "result"],
         )
         for label_values, value in sorted(sums.items()):
             family.add_metric(label_values, value)

@@ -37,7 +37,8 @@ class Plan(NamedTuple):
     """What makes the installed state the target.
 
     added: entries that are not there, or belong to another service; flipped: entries with other
-    backends; relabelled: entries with another scope or type; removed: entries to take away.
+    backends or another algorithm; relabelled: entries with another scope, type or affinity;
+    removed: entries to take away.
     members, gone: backends to write (new, or with another weight or state) and to take away.
     """
 
@@ -60,9 +61,11 @@ class Plan(NamedTuple):
             after = set(entry.backends)
             changes = [f"+{_text(backend)}" for backend in sorted(after - before)]
             changes += [f"-{_text(backend)}" for backend in sorted(before - after)]
+            if entry.algorithm is not installed.entries[key].entry.algorithm:
+                changes.append(entry.algorithm)
             yield f"~ {_title(key, entry)}: {_size(entry.backends)}: {' '.join(changes)}"
         for key, entry in self.relabelled.items():
-            yield f"~ {_title(key, entry)}: scope or type"
+            yield f"~ {_title(key, entry)}: scope, type or affinity"
         for key, entry in self.removed.items():
             yield f"- {_title(key, entry)}"
 
@@ -88,9 +91,9 @@ def make_plan(target: Target, installed: Installed) -> Plan:
         if found is None or found.entry.service != entry.service:
             plan.added[key] = entry
             continue
-        if found.entry.backends != entry.backends:
+        if found.entry.choice != entry.choice:
             plan.flipped[key] = entry
-        if found.entry[:3] != entry[:3]:
+        if found.entry.label != entry.label:
             plan.relabelled[key] = entry
     return plan
 

@@ -22,10 +22,23 @@ __all__ = ["command"]
 )
 @click.option("--node-name", default="", help="This node's name in Kubernetes.")
 @click.option("--detach-on-exit", is_flag=True, help="End balancing when the agent stops.")
+@click.option(
+    "--settle-every",
+    type=click.FloatRange(1, 60),
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How often live counts are reconciled with the sockets.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Log more.")
 @global_options
 def command(
-    paths: tuple[Path, ...], metrics: str, node_name: str, detach_on_exit: bool, verbose: bool
+    paths: tuple[Path, ...],
+    metrics: str,
+    node_name: str,
+    detach_on_exit: bool,
+    settle_every: float,
+    verbose: bool,
 ) -> None:
     """Follow service manifests and balance what they say, until SIGTERM.
 
@@ -45,5 +58,6 @@ def command(
             metrics=metrics,
             node_name=node_name,
             detach_on_exit=detach_on_exit,
+            settle_every=settle_every,
         )
     )

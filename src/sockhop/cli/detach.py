@@ -16,7 +16,7 @@ def command() -> None:
     now on. Programs of others on the cgroup stay. Stop the agent first.
     """
     from sockhop.datapath.balancer import NotInstalled, remove_pins  # noqa: PLC0415 (extension)
-    from sockhop.datapath.sockets import balanced_sockets  # noqa: PLC0415
+    from sockhop.datapath.sockets import Sockets  # noqa: PLC0415
     from sockhop.kernel.bpffs import lock_directory, require_bpffs  # noqa: PLC0415
 
     pins = bpffs_path()
@@ -26,7 +26,8 @@ def command() -> None:
         return
     with lock_directory(pins):
         try:
-            sockets = len(balanced_sockets(pins))
+            with Sockets(pins) as programs:
+                sockets = len(programs.balanced())
         except NotInstalled:
             sockets = 0
         remove_pins(pins)

@@ -10,9 +10,12 @@ __all__ = ["command"]
 _COLUMNS = {
     "services": (
         Column("SERVICE", "service"),
+        Column("PORT", "port_name", wide=True),
         Column("FRONTEND", "frontend"),
         Column("TYPE", "type"),
         Column("BACKENDS", "backends"),
+        Column("ALGORITHM", "algorithm", wide=True),
+        Column("AFFINITY", "affinity_seconds", wide=True),
         Column("CONNECTS", "connects"),
         Column("REJECTED", "no_backend"),
         Column("NETNS", "netns", wide=True),
@@ -21,6 +24,7 @@ _COLUMNS = {
     ),
     "backends": (
         Column("SERVICE", "service"),
+        Column("PORT", "port_name", wide=True),
         Column("BACKEND", "backend"),
         Column("PROTOCOL", "protocol"),
         Column("STATE", "state"),
@@ -37,6 +41,7 @@ _COLUMNS = {
         Column("SERVICE", "service"),
         Column("AGE", "age"),
         Column("PROCESS", "processes"),
+        Column("CHOSEN BY", "reason", wide=True),
         Column("COOKIE", "cookie", wide=True),
         Column("NETNS", "netns", wide=True),
         Column("GENERATION", "generation", wide=True),

@@ -52,7 +52,7 @@ def command(output: str) -> int:
 
 
 def _status(pins: Path, api: Path) -> _Status:
-    from sockhop.agent.installer import map_usage  # noqa: PLC0415 (needs the extension)
+    from sockhop.agent.installed import map_usage  # noqa: PLC0415 (needs the extension)
     from sockhop.datapath.balancer import (  # noqa: PLC0415
         HOOKS,
         BalanceMaps,

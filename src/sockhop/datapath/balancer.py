@@ -15,6 +15,7 @@ from sockhop.datapath.records import (
     Setting,
     SlotKey,
     SlotRecord,
+    TableBlock,
 )
 from sockhop.errors import SystemLackError
 from sockhop.kernel.btf import Codec, Layouts
@@ -40,6 +41,14 @@ HOOKS = (
     AttachType.SOCK_RELEASE,
     AttachType.GETPEERNAME4,
     AttachType.GETPEERNAME6,
+    AttachType.RECVMSG4,
+    AttachType.RECVMSG6,
+    AttachType.POST_BIND4,
+    AttachType.POST_BIND6,
+    AttachType.BIND4,
+    AttachType.BIND6,
+    AttachType.SENDMSG4,
+    AttachType.SENDMSG6,
     AttachType.CONNECT4,
     AttachType.CONNECT6,
 )
@@ -77,10 +86,14 @@ class BalanceMaps:
             )
             self.words = self._open("words", U32, U64)
             self.slots = self._open("slots", self.slot_key, layouts.codec(SlotRecord, "slot"))
+            self.tables = self._open(
+                "tables", self.slot_key, layouts.codec(TableBlock, "table_block")
+            )
             self.backends = self._open("backends", U32, layouts.codec(BackendRecord, "backend"))
             self.services = self._open("services", U32, layouts.codec(ServiceRecord, "service"))
             self.counters = self._open("counters", U32, layouts.codec(Counters, "counters"))
             self.totals = self._open("totals", U32, U64)
+            self.loads = self._open("loads", U32, U64)
             self.live = self._open("live", layouts.codec(LiveKey, "live_key"), U64)
         except BaseException:
             self.close()

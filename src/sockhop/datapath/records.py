@@ -3,12 +3,15 @@
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
-from sockhop.model import BackendState, FrontendType
+from sockhop.model import Algorithm, BackendState, FrontendType
 
 __all__ = [
     "ABI",
+    "ALGORITHMS",
     "ALWAYS_KEEP",
+    "BLOCK_ENTRIES",
     "FRONTEND_TYPES",
+    "REASONS",
     "STATES",
     "BackendRecord",
     "Counters",
@@ -22,8 +25,10 @@ __all__ = [
     "SlotKey",
     "SlotRecord",
     "SocketRecord",
+    "TableBlock",
     "Total",
     "word",
+    "word_algorithm",
     "word_count",
     "word_generation",
 ]
@@ -32,8 +37,14 @@ ABI = 1
 ALWAYS_KEEP = 0xFFFFFFFF
 """`keep` of a slot that never sends anyone to its alias."""
 
+# The codes in the maps are positions here: append only.
 STATES = tuple(BackendState)
 FRONTEND_TYPES = tuple(FrontendType)
+ALGORITHMS = tuple(Algorithm)
+REASONS = (*Algorithm, "session affinity")
+
+BLOCK_ENTRIES = 128
+"""Positions of slots in one block of a table."""
 
 
 class Setting(IntEnum):
@@ -54,6 +65,8 @@ class Total(IntEnum):
     LIVE_FULL = 1
     RETRIES = 2
     EXHAUSTED = 3
+    AMBIGUOUS = 4
+    RESERVED = 5
 
 
 class FrontendFlag(IntFlag):
@@ -61,6 +74,7 @@ class FrontendFlag(IntFlag):
 
     SCOPED = 1
     ABSENT = 2
+    RESERVED = 4
 
 
 class FrontendKey(NamedTuple):
@@ -73,11 +87,12 @@ class FrontendKey(NamedTuple):
 
 
 class FrontendRecord(NamedTuple):
-    """What the hooks find for a frontend; `key` repeats the key's bytes."""
+    """What the hooks find for a frontend; `key` repeats the key's bytes, `affinity` in seconds."""
 
     key: bytes
     id: int
     service: int
+    affinity: int
     type: int
     flags: int
 
@@ -103,9 +118,17 @@ class SlotRecord(NamedTuple):
     state: int
 
 
-class BackendRecord(NamedTuple):
-    """A backend of a service, whether it serves or not."""
+class TableBlock(NamedTuple):
+    """A piece of a table; `entries` are BLOCK_ENTRIES u16 positions of slots."""
 
+    key: bytes
+    entries: bytes
+
+
+class BackendRecord(NamedTuple):
+    """A backend of a service, whether it serves or not; `id` repeats the key."""
+
+    id: int
     service: int
     address: bytes
     port: int
@@ -147,11 +170,15 @@ class Provenance(NamedTuple):
     frontend: int
     backend: int
     generation: int
+    previous_service: int
+    previous_backend: int
+    counted: int
+    previous_counted: int
     frontend_port: int
     backend_port: int
     previous_port: int
     protocol: int
-    flags: int
+    reason: int
 
 
 class SocketRecord(NamedTuple):
@@ -169,9 +196,9 @@ class SocketRecord(NamedTuple):
     state: int
 
 
-def word(generation: int, count: int) -> int:
-    """Return the service word: generation << 32 | count."""
-    return generation << 32 | count
+def word(generation: int, algorithm: Algorithm, count: int) -> int:
+    """Return the service word: generation << 32 | algorithm << 28 | count."""
+    return generation << 32 | ALGORITHMS.index(algorithm) << 28 | count
 
 
 def word_generation(value: int) -> int:
@@ -180,5 +207,10 @@ def word_generation(value: int) -> int:
 
 
 def word_count(value: int) -> int:
-    """Return the number of slots in a service word."""
-    return value & 0xFFFFFFFF
+    """Return the number of slots, or of entries of a table, in a service word."""
+    return value & 0x0FFFFFFF
+
+
+def word_algorithm(value: int) -> Algorithm:
+    """Return the algorithm in a service word."""
+    return ALGORITHMS[value >> 28 & 0xF]

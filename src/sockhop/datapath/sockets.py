@@ -1,7 +1,6 @@
 """Balanced sockets of the whole node, whatever network namespace they are in."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ from sockhop.kernel._libbpf import lib
 from sockhop.kernel.objects import BpfObject, object_path
 from sockhop.kernel.syscall import check
 
-__all__ = ["TCP_STATES", "BalancedSocket", "balanced_sockets"]
+__all__ = ["TCP_STATES", "BalancedSocket", "Sockets"]
 
 # include/net/tcp_states.h, from 1 on, as ss names them; UDP uses the first and the seventh.
 TCP_STATES = (
@@ -27,32 +26,60 @@ class BalancedSocket(NamedTuple):
     socket: SocketRecord
 
     @property
+    def current(self) -> bool:
+        """Whether the socket is still with the backend that it was given."""
+        origin, socket = self.provenance, self.socket
+        there = (origin.backend_address, origin.backend_port)
+        return (socket.remote_address, socket.remote_port) == there and self.state != "UNCONN"
+
+    @property
     def state(self) -> str:
         """The socket's state as ss names it."""
         return TCP_STATES[self.socket.state - 1]
 
 
-def balanced_sockets(pins: Path) -> list[BalancedSocket]:
-    """Return all sockets that are balanced now; NotInstalled where nothing is.
+class Sockets:
+    """The loaded programs that visit every socket with a provenance. Needs Linux 5.10."""
 
-    Needs Linux 5.10 (iter/bpf_sk_storage_map). A socket that is closed meanwhile may be missed.
-    """
-    if not (map_directory(pins) / "provenance").exists():
-        raise NotInstalled(f"{pins}: nothing is installed here", hint="is an agent running?")
-    with BpfObject(object_path("sockets"), pins=map_directory(pins)) as loaded:
-        records = loaded.layouts.codec(SocketRecord, "socket_record")
-        provenances = loaded.layouts.codec(Provenance, "provenance")
-        data = b"".join(_read(loaded.program("sockhop_sockets"), loaded.map_fd("provenance")))
-    found = [(provenances.decode(r.provenance), r) for r in records.decode_many(data)]
-    return [BalancedSocket(*pair) for pair in found if pair[0].backend]
+    def __init__(self, pins: Path) -> None:
+        """Load them over the maps pinned below *pins*; NotInstalled where there are none."""
+        if not (map_directory(pins) / "provenance").exists():
+            raise NotInstalled(f"{pins}: nothing is installed here", hint="is an agent running?")
+        self._object = BpfObject(object_path("sockets"), pins=map_directory(pins))
+        self._records = self._object.layouts.codec(SocketRecord, "socket_record")
+        self._provenances = self._object.layouts.codec(Provenance, "provenance")
 
+    def close(self) -> None:
+        """Unload the programs."""
+        self._object.close()
 
-def _read(program: int, over: int) -> Iterator[bytes]:
-    link = check(lib.sockhop_iter_link(program, over), "linking the socket iterator")
-    try:
-        iterator = check(lib.bpf_iter_create(link), "starting the socket iterator")
-    finally:
-        os.close(link)
-    with os.fdopen(iterator, "rb", buffering=0) as stream:
-        while chunk := stream.read(1 << 16):
-            yield chunk
+    def __enter__(self) -> "Sockets":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def balanced(self) -> list[BalancedSocket]:
+        """Return the sockets of all namespaces that are with the backend that they were given.
+
+        A socket that is opened or closed meanwhile may be missed.
+        """
+        records = self._records.decode_many(self._visit("sockhop_sockets"))
+        found = [BalancedSocket(self._provenances.decode(r.provenance), r) for r in records]
+        return [socket for socket in found if socket.current]
+
+    def settle(self) -> None:
+        """Uncount the sockets that have left their backend where no hook saw it."""
+        self._visit("sockhop_settle")
+
+    def _visit(self, program: str) -> bytes:
+        over = self._object.map_fd("provenance")
+        link = check(
+            lib.sockhop_iter_link(self._object.program(program), over), f"linking {program}"
+        )
+        try:
+            iterator = check(lib.bpf_iter_create(link), f"starting {program}")
+        finally:
+            os.close(link)
+        with os.fdopen(iterator, "rb", buffering=0) as stream:
+            return b"".join(iter(lambda: stream.read(1 << 16), b""))

@@ -1,0 +1,79 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/* What the kernel remembers of a balanced socket, and where the socket is counted. */
+#ifndef SOCKHOP_PROVENANCE_H
+#define SOCKHOP_PROVENANCE_H
+
+#define READ_ONCE(x) (*(const volatile typeof(x) *)&(x))
+
+static __always_inline bool same_address(const __be32 *a, const __be32 *b)
+{
+	return a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3];
+}
+
+static __always_inline void copy_address(__be32 *to, const __be32 *from)
+{
+	to[0] = from[0];
+	to[1] = from[1];
+	to[2] = from[2];
+	to[3] = from[3];
+}
+
+/* With the result unused this is a plain locked add, which 5.10 has. */
+static __always_inline void add(__u64 *value, __s64 n)
+{
+	__atomic_fetch_add(value, n, __ATOMIC_RELAXED);
+}
+
+/* Two programs may uncount a socket at once, a hook and the iterator that reconciles: who takes
+ * the bits subtracts. Needs Linux kernel commit 5ffa25502b5a ("bpf: Add instructions for atomic_
+ * [cmp]xchg") (in v5.12); without it nothing reconciles, and only the hooks uncount.
+ */
+static __always_inline __u32 take(__u32 *counted)
+{
+#ifdef SOCKHOP_NO_XCHG
+	__u32 bits = *counted;
+
+	*counted = 0;
+	return bits;
+#else
+	return __sync_lock_test_and_set(counted, 0);
+#endif
+}
+
+static __always_inline void uncount_key(const struct live_key *key, __u32 bits)
+{
+	__u64 *n;
+
+	if (bits & COUNTED_LIVE) {
+		n = bpf_map_lookup_elem(&live, key);
+		if (n)
+			add(n, -1);
+	}
+	if (bits & COUNTED_LOAD) {
+		n = bpf_map_lookup_elem(&loads, &key->backend);
+		if (n)
+			add(n, -1);
+	}
+}
+
+static __always_inline void uncount(struct provenance *p)
+{
+	struct live_key key = { .netns = p->netns, .service = p->service, .backend = p->backend };
+
+	if (p->counted)
+		uncount_key(&key, take(&p->counted));
+}
+
+static __always_inline void uncount_previous(struct provenance *p)
+{
+	struct live_key key = {
+		.netns = p->netns,
+		.service = p->previous_service,
+		.backend = p->previous_backend,
+	};
+
+	if (p->previous_counted)
+		uncount_key(&key, take(&p->previous_counted));
+}
+
+#endif /* SOCKHOP_PROVENANCE_H */
