@@ -289,15 +289,15 @@ def test_kubernetes_objects_come_out_alike(sandbox: Sandbox) -> None:
         types = {value["type"] for _, value in map_entries(sandbox.pins, "frontends")}
     name = "shop/echo"
     assert served == {
-        Dialled("10.96.0.20", 80, "tcp"): Served(name, 0, {FAR: 1}),
-        Dialled("10.96.0.20", 53, "udp"): Served(name, 0, {("10.1.0.1", 5353): 1}),
-        Dialled("fd00:96::20", 80, "tcp"): Served(name, 0, {FAR6: 1}),
+        Dialled("10.96.0.20", 80, "tcp"): Served(f"{name}:web", 0, {FAR: 1}),
+        Dialled("10.96.0.20", 53, "udp"): Served(f"{name}:dns", 0, {("10.1.0.1", 5353): 1}),
+        Dialled("fd00:96::20", 80, "tcp"): Served(f"{name}:web", 0, {FAR6: 1}),
         # Kubernetes keeps the families apart.
-        Dialled("fd00:96::20", 53, "udp"): Served(name, 0, {}),
+        Dialled("fd00:96::20", 53, "udp"): Served(f"{name}:dns", 0, {}),
     }
     assert {m for m in members if m.protocol == "tcp"} == {
-        Member(name, FAR, "tcp", 1, "active"),
-        Member(name, ("10.1.0.2", 8080), "tcp", 1, "terminating"),
-        Member(name, FAR6, "tcp", 1, "active"),
+        Member(f"{name}:web", FAR, "tcp", 1, "active"),
+        Member(f"{name}:web", ("10.1.0.2", 8080), "tcp", 1, "terminating"),
+        Member(f"{name}:web", FAR6, "tcp", 1, "active"),
     }
     assert types == {1}

@@ -91,9 +91,11 @@ def test_others_stay_and_nothing_of_ours_does(
         }
         maps = bpftool.map_ids(sandbox.pins)
         ours = bpftool.programs_with(maps)
-        assert ours == {program.id for program in on_cgroup} - {other}
+        attached = {program.id for program in on_cgroup} - {other}
+        # The agent also holds the iterators that look at sockets.
+        assert ours > attached
         links = {link["id"] for link in bpftool.bpftool("link", "show") if link["prog_id"] in ours}
-        assert len(links) == len(ours)
+        assert len(links) == len(attached)
 
         agent.stop(signal.SIGKILL)
         assert ask_blocking(VIP, 80, TCP) == "one"

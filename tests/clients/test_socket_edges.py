@@ -72,7 +72,7 @@ def node() -> Iterator[Sandbox]:
         ServerThread("three", "127.0.0.1", OTHER_PORT, udp=True),
         ServerThread("three", "::1", OTHER_PORT),
         ServerThread("three", "::1", OTHER_PORT, udp=True),
-        made.agent(made.manifest(manifest(pair))),
+        made.agent(made.manifest(manifest(pair)), "--settle-every", "1"),
     ):
         yield made
 
@@ -194,8 +194,10 @@ def test_one_udp_socket_connects_to_many(node: Sandbox, form: str) -> None:
             client.connect((host, port))
             assert client.getpeername()[:2] == (host, port)
             assert ask(client) in names
-            assert live_by_port(node).total() == (port == PORT)
-        assert live_by_port(node) == {OTHER_PORT: 1}
+            # Never too low; that the socket has left, the agent finds out later.
+            assert live_by_port(node).total() >= (port == PORT)
+        assert live_by_port(node)[OTHER_PORT]
+        wait_until(lambda: live_by_port(node) == {OTHER_PORT: 1}, "only the last to count", 5)
 
 
 @forms
@@ -236,7 +238,8 @@ def test_a_udp_socket_that_is_dissolved_has_no_peer(node: Sandbox, form: str) ->
             client.getpeername()
         client.connect((form.format(OTHER), PORT))
         assert client.getpeername()[:2] == (form.format(OTHER), PORT)
-        assert live_by_port(node) == {OTHER_PORT: 1}
+        assert live_by_port(node)[OTHER_PORT]
+        wait_until(lambda: live_by_port(node) == {OTHER_PORT: 1}, "only the last to count", 5)
 
 
 def test_an_ipv6_udp_socket_may_be_given_an_ipv4_address(node: Sandbox) -> None:
