@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sockhop.datapath import records
-from sockhop.datapath.balancer import Balancer, BalanceMaps, remove_pins
+from sockhop.datapath.balancer import BalanceMaps, Balancer, remove_pins
 from sockhop.datapath.records import BackendRecord, FrontendKey, SlotKey
 from sockhop.errors import SystemLackError
 from sockhop.kernel import maps as maps_module
@@ -119,11 +119,20 @@ def test_a_map_of_another_size_is_refused(balance_maps: BalanceMaps) -> None:
 def test_pins_of_another_version_are_refused(pins: Path, tmp_path: Path) -> None:
     with Balancer(pins):
         pass
-    path = mutant(
-        tmp_path, "balance", ("__uint(max_entries, 524288);", "__uint(max_entries, 1024);")
-    )
-    with pytest.raises(SystemLackError, match="slots: this map was made by another version"):
+    path = mutant(tmp_path, "balance", ("char name[192];", "char name[200];"))
+    with pytest.raises(SystemLackError, match="services: this map was made by another version"):
         Balancer(pins, path=path)
+
+
+def test_sizes_are_chosen_once(pins: Path) -> None:
+    with Balancer(pins, sizes={"frontends": 1000, "slots": 2000}) as balancer:
+        maps = balancer.maps
+        assert [m.max_entries for m in (maps.frontends, maps.words, maps.counters)] == [1000] * 3
+        assert maps.slots.max_entries == 2000
+    with Balancer(pins) as balancer:
+        assert balancer.maps.slots.max_entries == 2000
+    with pytest.raises(SystemLackError, match="slots: this map was made.* with another size"):
+        Balancer(pins, sizes={"slots": 3000})
 
 
 def test_another_abi_is_refused(pins: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,7 @@ class AgentOptions(msgspec.Struct, frozen=True):
     node_name: str = ""
     detach_on_exit: bool = False
     settle_every: float = 30.0
+    map_sizes: dict[str, int] = {}
 
 
 def run_agent(options: AgentOptions) -> None:
@@ -61,7 +62,7 @@ def run_agent(options: AgentOptions) -> None:
         stack.enter_context(lock_directory(options.pins))
         fresh = not attached_hooks(options.pins)
         try:
-            balancer = stack.enter_context(Balancer(options.pins))
+            balancer = stack.enter_context(Balancer(options.pins, sizes=options.map_sizes))
             installer = Installer(balancer.maps)
             state = AgentState(
                 pid=os.getpid(),

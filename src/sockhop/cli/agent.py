@@ -1,6 +1,6 @@
 """`sockhop agent`."""
 
-from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,6 +13,24 @@ from sockhop.cli.options import (
 )
 
 __all__ = ["command"]
+
+_MOST_ENTRIES = 16_777_216
+
+
+def _parse_sizes(
+    ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> dict[str, int]:
+    from sockhop.datapath.balancer import SIZED_MAPS  # noqa: PLC0415 (needs the extension)
+
+    sizes = {}
+    for value in values:
+        name, _, number = value.partition("=")
+        if name not in SIZED_MAPS:
+            raise click.BadParameter(f"{value!r}: the map is one of {', '.join(SIZED_MAPS)}")
+        if not number.isdecimal() or not 1 <= int(number) <= _MOST_ENTRIES:
+            raise click.BadParameter(f"{value!r}: the size is a number from 1 to {_MOST_ENTRIES:,}")
+        sizes[name] = int(number)
+    return sizes
 
 
 @click.command(epilog="Example: sockhop agent -f /etc/sockhop --metrics 127.0.0.1:9464")
@@ -30,16 +48,17 @@ __all__ = ["command"]
     metavar="SECONDS",
     help="How often live counts are reconciled with the sockets.",
 )
+@click.option(
+    "--map-size",
+    "map_sizes",
+    multiple=True,
+    callback=_parse_sizes,
+    metavar="MAP=N",
+    help="Entries of a map when it is made, such as slots=1000000; `sockhop status` lists maps.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Log more.")
 @global_options
-def command(
-    paths: tuple[Path, ...],
-    metrics: str,
-    node_name: str,
-    detach_on_exit: bool,
-    settle_every: float,
-    verbose: bool,
-) -> None:
+def command(verbose: bool, **options: Any) -> None:
     """Follow service manifests and balance what they say, until SIGTERM.
 
     The kernel goes on balancing when the agent stops; `sockhop detach` ends it. SIGHUP reads
@@ -49,15 +68,4 @@ def command(
     from sockhop.agent.log import set_up_log  # noqa: PLC0415
 
     set_up_log(verbose=verbose)
-    run_agent(
-        AgentOptions(
-            paths=paths,
-            cgroup=cgroup_path(),
-            pins=bpffs_path(),
-            api=api_path(),
-            metrics=metrics,
-            node_name=node_name,
-            detach_on_exit=detach_on_exit,
-            settle_every=settle_every,
-        )
-    )
+    run_agent(AgentOptions(cgroup=cgroup_path(), pins=bpffs_path(), api=api_path(), **options))

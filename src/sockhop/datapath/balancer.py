@@ -1,5 +1,6 @@
 """The balance programs and the pinned maps that they share with the agent."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from sockhop.kernel.objects import BpfObject, object_path
 
 __all__ = [
     "HOOKS",
+    "SIZED_MAPS",
     "BalanceMaps",
     "Balancer",
     "NotInstalled",
@@ -52,6 +54,20 @@ HOOKS = (
     AttachType.CONNECT4,
     AttachType.CONNECT6,
 )
+
+
+# Maps whose size can be chosen, with those that go with them.
+SIZED_MAPS = {
+    "frontends": ("words", "counters"),
+    "slots": (),
+    "tables": (),
+    "backends": ("loads",),
+    "services": (),
+    "live": (),
+    "affinities": (),
+    "datagram_overflow": (),
+    "provenance_by_cookie": (),
+}
 
 
 class NotInstalled(SystemLackError):
@@ -136,15 +152,25 @@ class BalanceMaps:
 class Balancer:
     """The loaded balance programs. Closing it leaves attached programs and pinned maps in force."""
 
-    def __init__(self, pins: Path, *, path: Path | None = None) -> None:
+    def __init__(
+        self, pins: Path, *, path: Path | None = None, sizes: Mapping[str, int] | None = None
+    ) -> None:
         """Load the programs, making or reusing the maps pinned below *pins* (bpffs, locked).
 
-        *path*: another object file than the package's.
+        *path*: another object file than the package's; *sizes*: entries by name of SIZED_MAPS.
         """
         self._pins = pins
         for directory in (map_directory(pins), link_directory(pins)):
             directory.mkdir(mode=0o700, exist_ok=True)
-        self._object = BpfObject(path or object_path("balance"), pins=map_directory(pins))
+        self._object = BpfObject(
+            path or object_path("balance"),
+            pins=map_directory(pins),
+            max_entries={
+                name: entries
+                for sized, entries in (sizes or {}).items()
+                for name in (sized, *SIZED_MAPS[sized])
+            },
+        )
         try:
             self.maps = BalanceMaps(pins)
         except BaseException:

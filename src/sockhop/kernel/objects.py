@@ -3,21 +3,19 @@
 import errno
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from sockhop.errors import SystemLackError
 from sockhop.kernel._libbpf import ffi, lib
-from sockhop.kernel.btf import Codec, Layouts
-from sockhop.kernel.maps import Map
+from sockhop.kernel.btf import Layouts
+from sockhop.kernel.maps import map_info, open_pinned
 from sockhop.kernel.syscall import KernelError, check, last_log
 
 __all__ = ["BpfObject", "ProgramInfo", "object_path", "program_info"]
-
-K = TypeVar("K")
-V = TypeVar("V")
 
 _OBJECTS = Path(__file__).parent.parent / "bpf"
 
@@ -61,24 +59,20 @@ class BpfObject:
         *,
         pins: Path | None = None,
         max_entries: Mapping[str, int] | None = None,
-        without: Collection[str] = (),
     ) -> None:
         """Load the object file at *path*.
 
-        Maps declared with LIBBPF_PIN_BY_NAME are shared through, and pinned in, *pins*.
-        *max_entries* sizes maps by name; *without* names programs that are not loaded.
-        SystemLackError carries the end of the verifier's log.
+        Maps declared with LIBBPF_PIN_BY_NAME are shared through, and pinned in, *pins*; those that
+        are there keep their size. *max_entries* sizes maps by name. SystemLackError carries the end
+        of the verifier's log.
         """
         self.path = path
         self.layouts = Layouts(path)
         lib.sockhop_log_reset()
         self._object = self._open(pins)
         try:
-            for name, entries in (max_entries or {}).items():
+            for name, entries in (self._pinned_sizes() | dict(max_entries or {})).items():
                 check(lib.bpf_map__set_max_entries(self._map(name), entries), f"sizing {name}")
-            for name, program in self._programs().items():
-                if name in without:
-                    lib.bpf_program__set_autoload(program, False)
             result = lib.bpf_object__load(self._object)
             if result < 0:
                 raise _load_error(path, pins, -result)
@@ -111,10 +105,6 @@ class BpfObject:
         """Return the descriptor of a map, owned by the object."""
         return check(lib.bpf_map__fd(self._map(name)), f"map {name}")
 
-    def map(self, name: str, key: Codec[K], value: Codec[V]) -> Map[K, V]:
-        """Return a map of the object, with a descriptor of its own."""
-        return Map(os.dup(self.map_fd(name)), key, value)
-
     def _open(self, pins: Path | None) -> Any:
         options = ffi.new("struct bpf_object_open_opts *")
         options.sz = ffi.sizeof("struct bpf_object_open_opts")
@@ -124,6 +114,19 @@ class BpfObject:
         if opened == ffi.NULL:
             raise KernelError(f"opening {self.path}", ffi.errno)
         return opened
+
+    def _pinned_sizes(self) -> dict[str, int]:
+        sizes: dict[str, int] = {}
+        found = ffi.NULL
+        while (found := lib.bpf_object__next_map(self._object, found)) != ffi.NULL:
+            path = lib.bpf_map__pin_path(found)
+            if path == ffi.NULL:
+                continue
+            with suppress(FileNotFoundError):
+                fd = open_pinned(Path(ffi.string(path).decode()))
+                sizes[ffi.string(lib.bpf_map__name(found)).decode()] = map_info(fd).max_entries
+                os.close(fd)
+        return sizes
 
     def _map(self, name: str) -> Any:
         found = lib.bpf_object__find_map_by_name(self._object, name.encode())
