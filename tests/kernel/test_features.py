@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from sockhop.datapath.balancer import HOOKS, BalanceMaps
+from sockhop.datapath.records import Setting
 from sockhop.kernel._libbpf import lib
 from sockhop.kernel.features import Feature, probe_features
 from sockhop.kernel.probe import Lack, Prober, call
@@ -170,6 +172,12 @@ def test_a_run_is_quick_and_leaves_nothing(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.kernel
+def test_every_hook_that_is_attached_is_required(found: dict[str, Feature]) -> None:
+    for hook in HOOKS:
+        assert found[f"hook {hook.hook}"].required
+
+
+@pytest.mark.kernel
 def test_the_tables(sandbox: Sandbox) -> None:
     table = sandbox.sockhop("features").stdout.splitlines()
     assert table[0].split() == ["FEATURE", "AVAILABLE", "USED", "FOR"]
@@ -193,9 +201,6 @@ def test_every_feature_names_its_commit_and_version(found: dict[str, Feature]) -
 
 @pytest.mark.kernel
 def test_provenance_that_fell_back_is_told(sandbox: Sandbox) -> None:
-    from sockhop.datapath.balancer import BalanceMaps
-    from sockhop.datapath.records import Setting
-
     def told() -> str:
         report = json.loads(sandbox.sockhop("features", "-o", "json").stdout)
         return str(report["host"]["provenance"])

@@ -19,8 +19,8 @@ class Capability(NamedTuple):
 
 CAPABILITIES = {
     "CAP_BPF": Capability(39, "load programs, make maps"),
-    "CAP_NET_ADMIN": Capability(12, "balance: programs for cgroups"),
-    "CAP_PERFMON": Capability(38, "`get sockets` and `detach`: iterators"),
+    "CAP_NET_ADMIN": Capability(12, "programs for cgroups"),
+    "CAP_PERFMON": Capability(38, "programs that the verifier takes, iterators"),
     "CAP_SYS_PTRACE": Capability(19, "`get sockets`: processes of others"),
 }
 
