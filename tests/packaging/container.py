@@ -1,7 +1,7 @@
 """A systemd of a test's own, in namespaces and a cgroup of its own, with no way out.
 
 It is the first process of its pid namespace, has only the units that it is given, a new network
-namespace, a new bpffs, the cgroup as the root of its hierarchy, and the host's files read-only.
+namespace, no bpffs yet, the cgroup as the root of its hierarchy, and the host's files read-only.
 """
 
 import contextlib
@@ -36,7 +36,6 @@ umount -R -l /sys
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t cgroup2 none /sys/fs/cgroup
-mount -t bpf bpf /sys/fs/bpf
 mount --bind /proc/sys /proc/sys
 mount -o remount,bind,ro /proc/sys
 
@@ -105,6 +104,9 @@ class Container:
             pytest.fail(f"{command}: exit {done.returncode}\n{done.stdout}{done.stderr}")
         return done
 
+    def write(self, path: str, text: str) -> None:
+        self.run("sh", "-c", 'printf %s "$0" > "$1"', text, path)
+
     def systemctl(self, *arguments: str, check: bool = True) -> Any:
         return self.run("systemctl", "--no-pager", *arguments, check=check)
 
@@ -119,7 +121,7 @@ class Container:
     def drop_in(self, text: str) -> Iterator[None]:
         """Add settings of [Service] to the unit while the body runs."""
         path = "/run/systemd/system/sockhop.service.d/test.conf"
-        self.run("sh", "-c", 'printf "[Service]\n%s\n" "$0" > "$1"', text, path)
+        self.write(path, f"[Service]\n{text}\n")
         self.systemctl("daemon-reload")
         try:
             yield

@@ -16,6 +16,7 @@ from tests.sandbox import SOCKHOP, Sandbox, ServerThread, compact, wait_until
 
 UNIT = Path(__file__).parents[2] / "packaging" / "sockhop.service"
 FRONTEND = "10.96.0.1"
+MANIFEST = "/etc/sockhop/services.yaml"
 needs_systemd = pytest.mark.skipif(not SYSTEMD.exists(), reason="systemd is not installed")
 needs_analyze = pytest.mark.skipif(
     not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed"
@@ -155,7 +156,7 @@ def test_under_systemd_it_balances_reloads_restarts_and_stops(tmp_path: Path) ->
         assert "NoNewPrivs:\t1\n" in status
         assert "Seccomp:\t2\n" in status
         assert container.run("curl", "-s", "127.0.0.1:9464/healthz").stdout == "ok\n"
-        # Pins made behind the unit's mounts are there for everybody.
+        # Mounted by the unit; pins made behind its mounts are there for everybody.
         assert container.run("ls", "/sys/fs/bpf/sockhop/links").stdout.split()
         container.systemctl("reload", "sockhop")
         wait_until(lambda: "SIGHUP" in container.log(), "the reload is logged")
@@ -174,6 +175,17 @@ def test_under_systemd_it_balances_reloads_restarts_and_stops(tmp_path: Path) ->
         assert answer(FRONTEND) == "200"
         container.run("/opt/sockhop/bin/sockhop", "detach")
         assert answer(FRONTEND) == "000"
+
+        # A manifest that does not parse is tried again, and found when it is mended.
+        mend = container.run("cat", MANIFEST).stdout
+        container.write(MANIFEST, "services: [")
+        with container.drop_in("RestartSec=100ms"):
+            assert container.systemctl("start", "sockhop", check=False).returncode != 0
+            assert "did not find expected" in container.log()
+            container.write(MANIFEST, mend)
+            wait_until(lambda: container.show("SubState") == "running", "a running service")
+        container.systemctl("stop", "sockhop")
+        container.run("/opt/sockhop/bin/sockhop", "detach")
 
         # What the unit would be without its comment on ProtectKernelTunables=.
         with container.drop_in("ProtectKernelTunables=yes"):
