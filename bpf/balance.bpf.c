@@ -32,12 +32,6 @@ static __always_inline int reject(int error)
 	return REJECT;
 }
 
-enum verdict {
-	PASS,
-	NO_BACKEND,
-	BALANCED,
-};
-
 /* --- what is remembered of a socket -------------------------------------------------------- */
 
 /* ctx is a bpf_sock_addr or a bpf_sock; both give a cookie. */
@@ -124,8 +118,8 @@ static __always_inline enum verdict balance(struct bpf_sock_addr *ctx, struct fr
 	/* A balanced socket that goes elsewhere is seen by its peer, which is not its backend. */
 	if (!find_frontend(ctx, key, &frontend))
 		return PASS;
-	if (!choose(ctx, &frontend, choice))
-		return NO_BACKEND;
+	if (!choose(ctx, &frontend, 0, choice))
+		return counted(&frontend, NO_BACKEND);
 	copy_address(fresh.frontend_address, key->address);
 	copy_address(fresh.backend_address, choice->slot.address);
 	fresh.since = bpf_ktime_get_boot_ns();
@@ -146,7 +140,7 @@ static __always_inline enum verdict balance(struct bpf_sock_addr *ctx, struct fr
 	} else {
 		remember(ctx, &fresh);
 	}
-	return BALANCED;
+	return counted(&frontend, BALANCED);
 }
 
 /* The key of what the hook's caller dials, sends to, or binds to. */
@@ -215,6 +209,15 @@ int sockhop_connect6(struct bpf_sock_addr *ctx)
 
 /* --- sendmsg on an unconnected UDP socket --------------------------------------------------- */
 
+/* From IPv6 to IPv4 a datagram has no way: udpv6_sendmsg() says ENOTSUPP. */
+static __always_inline bool choose_for_datagram(struct bpf_sock_addr *ctx,
+						const struct frontend *frontend, __u32 skip,
+						struct choice *choice)
+{
+	return choose(ctx, frontend, skip, choice) &&
+	       !(ctx->user_family == AF_INET6 && is_mapped(choice->slot.address));
+}
+
 static __always_inline enum verdict
 balance_datagram(struct bpf_sock_addr *ctx, struct frontend_key *key, struct choice *choice)
 {
@@ -226,23 +229,22 @@ balance_datagram(struct bpf_sock_addr *ctx, struct frontend_key *key, struct cho
 	if (!find_frontend(ctx, key, &frontend))
 		return PASS;
 	peers = bpf_sk_storage_get(&datagrams, ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
-	if (!peers) {
-		/* Served, but not kept, and the answer will carry the backend's address. */
-		fall_back();
-		return choose(ctx, &frontend, choice) ? BALANCED : NO_BACKEND;
-	}
-	if (same_as_before(peers, cookie, key, &choice->slot))
+	if (peers && same_as_before(peers, cookie, key, &choice->slot))
 		return BALANCED;
 	for (attempt = 0; attempt < ATTEMPTS; attempt++) {
-		if (!choose(ctx, &frontend, choice))
-			return NO_BACKEND;
-		if (!uses(peers, &choice->slot))
+		if (!choose_for_datagram(ctx, &frontend, attempt, choice))
+			return counted(&frontend, NO_BACKEND);
+		if (!peers || !uses(peers, &choice->slot))
 			break;
 	}
 	if (attempt == ATTEMPTS)
 		count(TOTAL_AMBIGUOUS);
-	keep_peer(peers, cookie, key, &choice->slot);
-	return BALANCED;
+	if (peers)
+		keep_peer(peers, cookie, key, &choice->slot);
+	else
+		/* Served, but not kept, and the answer will carry the backend's address. */
+		fall_back();
+	return counted(&frontend, BALANCED);
 }
 
 SEC("cgroup/sendmsg4")
@@ -275,9 +277,6 @@ int sockhop_sendmsg6(struct bpf_sock_addr *ctx)
 	case NO_BACKEND:
 		return reject(EHOSTUNREACH);
 	case BALANCED:
-		/* From IPv6 to IPv4 the kernel has no way here: udpv6_sendmsg() says ENOTSUPP. */
-		if (is_mapped(choice.slot.address))
-			return reject(EHOSTUNREACH);
 		rewrite6(ctx, choice.slot.address, choice.slot.port);
 	default:
 		return ALLOW;

@@ -224,9 +224,9 @@ static __always_inline bool choose_anew(struct bpf_sock_addr *ctx, __u32 fronten
 	return false;
 }
 
-/* Returns whether a backend can serve; it is then counted as a connect of the frontend. */
+/* Returns whether a backend can serve. With another `skip`, round-robin gives another one. */
 static __always_inline bool choose(struct bpf_sock_addr *ctx, const struct frontend *frontend,
-				   struct choice *choice)
+				   __u32 skip, struct choice *choice)
 {
 	struct affinity_key client = { .netns = 0, .frontend = frontend->id };
 	struct counters *n = bpf_map_lookup_elem(&counters, &frontend->id);
@@ -240,8 +240,7 @@ static __always_inline bool choose(struct bpf_sock_addr *ctx, const struct front
 	if (frontend->affinity && choose_again(&client, frontend->affinity, &choice->slot)) {
 		choice->generation = WORD_GENERATION(READ_ONCE(*word));
 		choice->reason = REASON_AFFINITY;
-	} else if (!choose_anew(ctx, frontend->id, word, READ_ONCE(n->connects), choice)) {
-		add(&n->no_backend, 1);
+	} else if (!choose_anew(ctx, frontend->id, word, READ_ONCE(n->connects) + skip, choice)) {
 		return false;
 	}
 	choice->load = WORD_ALGORITHM(READ_ONCE(*word)) == ALGORITHM_LEAST_CONNECTIONS;
@@ -251,8 +250,22 @@ static __always_inline bool choose(struct bpf_sock_addr *ctx, const struct front
 		now.backend = choice->slot.backend;
 		bpf_map_update_elem(&affinities, &client, &now, BPF_ANY);
 	}
-	add(&n->connects, 1);
 	return true;
+}
+
+enum verdict {
+	PASS,
+	NO_BACKEND,
+	BALANCED,
+};
+
+static __always_inline enum verdict counted(const struct frontend *frontend, enum verdict verdict)
+{
+	struct counters *n = bpf_map_lookup_elem(&counters, &frontend->id);
+
+	if (n)
+		add(verdict == BALANCED ? &n->connects : &n->no_backend, 1);
+	return verdict;
 }
 
 #endif /* SOCKHOP_CHOOSE_H */

@@ -109,6 +109,7 @@ class Agent:
 
     def __init__(self, sandbox: "Sandbox", arguments: tuple[str, ...]) -> None:
         self._sandbox = sandbox
+        self._ready = False
         self.log = sandbox.directory / f"agent-{next(_numbers)}.log"
         self.notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         notify_path = sandbox.directory / f"notify-{next(_numbers)}"
@@ -125,8 +126,8 @@ class Agent:
     def wait_ready(self, seconds: float = 20) -> "Agent":
         self.notified.settimeout(seconds)
         try:
-            while "READY=1" not in self.notified.recv(4096).decode().split("\n"):
-                pass
+            while not self._ready:
+                self._ready = "READY=1" in self.notified.recv(4096).decode().split("\n")
         except TimeoutError:
             pytest.fail(f"the agent is not ready after {seconds} s:\n{self.log.read_text()}")
         return self

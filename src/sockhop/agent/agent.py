@@ -95,6 +95,7 @@ class _Agent:
         self._balancer = balancer
         self._installer = installer
         self._state = state
+        self._rejections = RejectionLog(balancer.maps, installer)
         self._wake = asyncio.Event()
         self._stopping = False
         self.sync = Synchronizer(
@@ -113,7 +114,7 @@ class _Agent:
                 loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
                 for number in _STOP_SIGNALS:
                     loop.add_signal_handler(number, self._on_stop)
-                _LOG.info("balancing %d services", self._state.services)
+                _LOG.info("balancing, with %d services", self._state.services)
                 # Something may have changed between the first reading and the watch.
                 self._wake.set()
                 await self._follow()
@@ -131,6 +132,7 @@ class _Agent:
             if self._stopping:
                 return
             await asyncio.sleep(_SETTLE)
+            self._rejections.write()  # before the counters of what is removed go
             self.sync.run()
             status = f"STATUS={self._state.services} services, generation {self._state.generation}"
             notify(status) if ready else notify("READY=1", status)
@@ -192,7 +194,6 @@ class _Agent:
                 self._installer.forget_dead_counts()
 
     async def _log_rejections(self) -> None:
-        rejections = RejectionLog(self._balancer.maps, self._installer)
         while True:
             await asyncio.sleep(_COUNTERS_EVERY)
-            rejections.write()
+            self._rejections.write()

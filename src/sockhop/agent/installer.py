@@ -89,6 +89,8 @@ class Installer:
         self.installed = read_installed(self._maps)
         used = {old.id for old in self.installed.entries.values()}
         self._free = [i for i in range(self._maps.words.max_entries - 1, -1, -1) if i not in used]
+        orphans = [i for i, value in self._maps.words.items() if value and i not in used]
+        self._maps.words.update_many((number, 0) for number in orphans)
         current = {(old.id, old.generation) for old in self.installed.entries.values()}
         waste = [
             (chunks, [key for key in chunks.keys() if key[:2] not in current])

@@ -13,10 +13,12 @@ _LOG = logging.getLogger(__name__)
 _SERVICES = 10
 
 _MEANING = {
-    Total.STORAGE_FAILED: "sockets got no sk_storage (net.core.optmem_max?); "
-    "their provenance is kept by cookie",
-    Total.LIVE_FULL: "sockets found no room in the map live; their namespaces are always visited",
-    Total.EXHAUSTED: "connects met a service that changed four times under them, and were refused",
+    Total.STORAGE_FAILED: "sockets without sk_storage (net.core.optmem_max?), "
+    "whose provenance is kept by cookie",
+    Total.LIVE_FULL: "sockets that found no room in the map live (sockhop agent --map-size live=N)",
+    Total.EXHAUSTED: "connects refused because their service changed four times under them",
+    Total.AMBIGUOUS: "UDP sockets that use one backend for two services",
+    Total.RESERVED: "binds to a reserved frontend, refused",
 }
 
 
@@ -35,11 +37,11 @@ class RejectionLog:
         grown = Counter({name: n - self._services[name] for name, n in now.items()})
         self._services = now
         for name, n in (+grown).most_common(_SERVICES):
-            _LOG.warning("%s: %d connects rejected (EHOSTUNREACH): no backend is active", name, n)
+            _LOG.warning("%s: rejected with EHOSTUNREACH, no backend is active: %d", name, n)
         totals = dict(self._maps.totals.items())
         for total, meaning in _MEANING.items():
             if (n := totals[total] - self._totals[total]) > 0:
-                _LOG.warning("%d %s", n, meaning)
+                _LOG.warning("%s: %d", meaning, n)
         self._totals = totals
 
     def _rejected(self) -> Counter[str]:

@@ -47,6 +47,7 @@ class Synchronizer:
             self._state.sync_error = str(error)
             return False
         self._state.sync_seconds = time.monotonic() - begin
+        _LOG.debug("synchronised in %.0f ms", self._state.sync_seconds * 1e3)
         return True
 
     def apply(self, loaded: Loaded) -> Plan:

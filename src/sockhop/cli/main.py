@@ -50,7 +50,7 @@ class _Commands(click.Group):
 @click.version_option(__version__, prog_name="sockhop", message="%(prog)s %(version)s")
 @global_options
 def cli() -> None:
-    """Balance, splice, sever and diagnose the sockets of this node.
+    """Balance connections to service addresses, in the kernel, at the socket.
 
     Exit status: 0 done; 1 the answer is no; 2 usage or bad input; 3 the kernel or a permission
     lacks something.

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 __all__ = [
     "bpffs_path",
@@ -22,9 +23,15 @@ _META = "sockhop.options"
 
 
 def _keep(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> None:
-    # The innermost wins: what stands after the command's name is parsed last.
-    if value is not None and parameter.name:
-        ctx.meta.setdefault(_META, {})[parameter.name] = value
+    # What stands after the command's name is parsed last and wins, but not the environment, which
+    # the command's own copy of the option sees once more.
+    if value is None or parameter.name is None:
+        return
+    chosen = ctx.meta.setdefault(_META, {})
+    if ctx.get_parameter_source(parameter.name) is ParameterSource.ENVIRONMENT:
+        chosen.setdefault(parameter.name, value)
+    else:
+        chosen[parameter.name] = value
 
 
 def global_options(command: F) -> F:
