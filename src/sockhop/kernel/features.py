@@ -46,13 +46,15 @@ def probe_features(bpffs: Path) -> list[Feature]:
 
 
 class _Since(NamedTuple):
-    """The commit that a feature came with, and the first Linux that has it."""
+    """The first Linux that has a feature, and the commit that it came with where that is sure."""
 
     version: str
-    commit: str
-    subject: str
+    commit: str = ""
+    subject: str = ""
 
     def __str__(self) -> str:
+        if not self.commit:
+            return f"Linux v{self.version}"
         return f'Linux kernel commit {self.commit} ("{self.subject}") (in v{self.version})'
 
 
@@ -341,9 +343,7 @@ _PROBES = (
         "membarrier",
         "waiting until no hook uses what is about to be deleted",
         _NO_BALANCING,
-        _Since(
-            "4.3", "5b25b13ab08f", "sys_membarrier(): system-wide memory barrier (generic, x86)"
-        ),
+        _Since("4.3"),  # membarrier(2)
         lambda prober: prober.membarrier(),
     ),
     _Probe(
