@@ -118,6 +118,20 @@ def test_affinity_without_a_time_is_three_hours(tmp_path: Path) -> None:
     assert one(tmp_path, sessionAffinity={"clientIP": {}}).affinity_seconds == 10800
 
 
+def test_fallback(tmp_path: Path) -> None:
+    terminating, quarantined = BackendState.TERMINATING, BackendState.QUARANTINED
+    assert one(tmp_path).fallback == (terminating,)
+    assert one(tmp_path, fallback=[]).fallback == ()
+    states = ["quarantined", "maintenance", "terminating"]
+    found = one(tmp_path, fallback=states).fallback
+    assert found == (quarantined, BackendState.MAINTENANCE, terminating)
+
+
+def test_reserve(tmp_path: Path) -> None:
+    assert one(tmp_path).reserve is False
+    assert one(tmp_path, reserve=True).reserve is True
+
+
 def test_the_message_of_the_brief(tmp_path: Path) -> None:
     text = (
         "version: 1\nservices: []\n---\nversion: 1\nservices:\n  - name: web\n"
@@ -238,6 +252,27 @@ DURATION = 'a duration such as "500ms", "30s", "5m", "3h" or "1d"'
             {"sessionAffinity": {"clientIP": {"timeout": "25h"}}},
             "sessionAffinity.clientIP.timeout: found '25h', expected whole seconds, from 1s to 1d",
         ),
+        (
+            {"fallback": "terminating"},
+            "fallback: found 'terminating', expected a list of terminating, quarantined, "
+            "maintenance",
+        ),
+        (
+            {"fallback": ["active"]},
+            "fallback[0]: found 'active', expected one of terminating, quarantined, maintenance",
+        ),
+        (
+            {"fallback": ["terminatin"]},
+            "fallback[0]: found 'terminatin', expected one of terminating, quarantined, "
+            "maintenance\n  did you mean 'terminating'?",
+        ),
+        (
+            {"fallback": ["terminating", "maintenance", "terminating"]},
+            "fallback[2]: found terminating again (as in fallback[0]), expected each state once",
+        ),
+        ({"fallback": None}, "fallback: found null, expected a list of terminating, quarantined"),
+        ({"reserve": "yes"}, "reserve: found 'yes', expected true or false"),
+        ({"reserve": 1}, "reserve: found 1, expected true or false"),
         (
             {"intent": {"tcp": {"removed": "drain"}}},
             f"intent.tcp.removed: found 'drain', expected {ACTIONS}",

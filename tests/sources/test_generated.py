@@ -79,6 +79,8 @@ class Generator:
             ],
             **self._some(
                 algorithm=self._chance.choice(["random", "maglev"]),
+                fallback=["quarantined", "terminating"],
+                reserve=True,
                 sessionAffinity={"clientIP": {"timeout": "3h"}},
                 intent={"tcp": {"removed": {"drain": "30s"}}, "udp": {"removed": "resteer"}},
                 splice="auto",
@@ -102,7 +104,10 @@ class Generator:
         )}  # fmt: skip
         if kind == "ExternalName":
             spec = {"type": "ExternalName", "externalName": "x.example"}
-        metadata = {"name": name, **self._some(namespace="test", annotations={"a": "b"})}
+        metadata = {
+            "name": name,
+            **self._some(namespace="test", annotations={"a": "b", "sockhop.io/reserve": "true"}),
+        }
         objects: list[Any] = [
             {"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": spec}
         ]

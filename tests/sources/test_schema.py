@@ -128,6 +128,10 @@ SERVICES = form(
     },
     {
         "algorithm": st.sampled_from(["random", "round-robin", "maglev", "least-connections"]),
+        "fallback": st.permutations(["terminating", "quarantined", "maintenance"]).flatmap(
+            lambda states: st.integers(0, 3).map(lambda count: states[:count])
+        ),
+        "reserve": st.booleans(),
         "sessionAffinity": form({"clientIP": form({}, {"timeout": AFFINITIES})}, {}),
         "intent": form({}, {"tcp": TRIGGERS, "udp": TRIGGERS}),
         "splice": st.sampled_from(["auto", "on", "off", True, False]),
@@ -162,6 +166,7 @@ JUNK = st.one_of(
     st.just([]),
     st.just({}),
     st.lists(st.sampled_from(["1.2.3.4:5", "1.2.3.4:5/tcp", "/x"]), max_size=2),
+    st.lists(st.sampled_from(["active", "terminating", "maintenance"]), max_size=2),
 )  # fmt: skip
 
 
@@ -190,7 +195,9 @@ def mutated(draw: st.DrawFn) -> Any:
     elif action == "repeat" and isinstance(parent, list):
         parent.append(parent[last])
     elif isinstance(parent, dict):
-        parent[draw(st.sampled_from(["weight", "name", "timeout", "x", ""]))] = draw(JUNK)
+        parent[
+            draw(st.sampled_from(["weight", "name", "timeout", "fallback", "reserve", "x", ""]))
+        ] = draw(JUNK)
     else:
         parent.insert(last, draw(JUNK))
     return document
@@ -226,6 +233,8 @@ def test_good_documents_are_taken_by_both(document: dict[str, Any]) -> None:
 @example({"version": True, "services": []})
 @example(compact(name="x" * 127))
 @example(compact(name="x" * 128))
+@example(compact(fallback=["terminating", "terminating"]))
+@example(compact(reserve=1))
 @example(compact(splice=1))
 @example(compact(splice=0))
 @example(compact(health={"http": {"path": "/é"}}))

@@ -32,6 +32,9 @@ AFFINITY_MAX = 86400
 AFFINITY_DEFAULT = 10800
 """Affinity in seconds where no time is given, as in Kubernetes."""
 
+FALLBACK_DEFAULT = (BackendState.TERMINATING,)
+"""What serves where no backend is active, as in Kubernetes (KEP-1669)."""
+
 _MILLISECONDS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _PROTOCOLS = {
     "tcp": (Protocol.TCP,),
@@ -164,6 +167,14 @@ class ServiceForm(Struct, frozen=True, forbid_unknown_fields=True):
     ]
     algorithm: Algorithm = Algorithm.RANDOM
     session_affinity: SessionAffinity | UnsetType = field(name="sessionAffinity", default=UNSET)
+    fallback: (
+        Annotated[
+            list[Literal["terminating", "quarantined", "maintenance"]],
+            Meta(description="a list of terminating, quarantined, maintenance"),
+        ]
+        | UnsetType
+    ) = UNSET
+    reserve: bool = False
     intent: Intent | UnsetType = UNSET
     splice: (
         Annotated[Literal["auto", "on", "off"] | bool, Meta(description="one of auto, on, off")]
@@ -198,7 +209,14 @@ def read_compact(document: Document, warnings: list[str]) -> Iterator[CompactCla
         path = ("services", index)
         try:
             frontends, indexes = _frontends(form)
-            service = Service(form.name, frontends, form.algorithm, _affinity(form))
+            service = Service(
+                form.name,
+                frontends,
+                form.algorithm,
+                _affinity(form),
+                _fallback(form),
+                form.reserve,
+            )
             _check_intent(form)
         except FieldError as error:
             raise document.error(error.under(*path)) from None
@@ -288,6 +306,19 @@ def _affinity(form: ServiceForm) -> int:
             path=("sessionAffinity", "clientIP", "timeout"),
         )
     return milliseconds // 1000
+
+
+def _fallback(form: ServiceForm) -> tuple[BackendState, ...]:
+    """Return the states that serve, in this order, where no backend is active."""
+    if form.fallback is UNSET:
+        return FALLBACK_DEFAULT
+    states = form.fallback
+    for index, state in enumerate(states):
+        first = states.index(state)
+        if first != index:
+            found = f"{state} again (as in fallback[{first}])"
+            raise FieldError(found, "each state once", path=("fallback", index))
+    return tuple(BackendState(state) for state in states)
 
 
 def _check_intent(form: ServiceForm) -> None:

@@ -4,7 +4,7 @@ msgspec finds that something is wrong, and fast; :func:`mismatch` then says what
 """
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from difflib import get_close_matches
 from enum import Enum
@@ -15,7 +15,15 @@ from msgspec import structs
 
 from sockhop.model import parse_address
 
-__all__ = ["FieldError", "FieldPath", "mismatch", "parse_host", "path_text", "shown"]
+__all__ = [
+    "FieldError",
+    "FieldPath",
+    "did_you_mean",
+    "mismatch",
+    "parse_host",
+    "path_text",
+    "shown",
+]
 
 FieldPath = tuple[str | int, ...]
 """Keys and indexes that lead to a value."""
@@ -102,11 +110,13 @@ def mismatch(kind: Any, value: object) -> FieldError:
             for index, item in enumerate(value):
                 if not _fits(item_kind, item):
                     return mismatch(item_kind, item).under(index)
+        if isinstance(value, dict) and get_origin(member) is dict:
+            return _key_mismatch(value)
     choices = [choice for member in members for choice in _choices(member)]
     return FieldError(
         shown(value),
         _expected(kind),
-        hint=_did_you_mean(value, choices)
+        hint=did_you_mean(value, choices)
         if isinstance(value, str) and value not in choices
         else "",
         quote=str in members and isinstance(value, (bool, int, float)),
@@ -118,13 +128,13 @@ def _struct_mismatch(kind: Any, value: dict[Any, Any]) -> FieldError:
     names = [field.encode_name for field in fields]
     for key in value:
         if not isinstance(key, str):
-            return FieldError(f"the key {shown(key)}", "a string", hint="keys too need quotes")
+            return _key_mismatch(value)
         if key not in names and kind.__struct_config__.forbid_unknown_fields:
             return FieldError(
                 f"unknown key {shown(key)}",
                 f"one of {', '.join(names)}",
                 path=(key,),
-                hint=_did_you_mean(key, names),
+                hint=did_you_mean(key, names),
             )
     for field in fields:
         if field.encode_name in value:
@@ -136,7 +146,12 @@ def _struct_mismatch(kind: Any, value: dict[Any, Any]) -> FieldError:
     return FieldError(shown(value), "a mapping")
 
 
-def _did_you_mean(found: object, known: Iterator[str] | list[str]) -> str:
+def _key_mismatch(value: dict[Any, Any]) -> FieldError:
+    key = next(key for key in value if not isinstance(key, str))
+    return FieldError(f"the key {shown(key)}", "a string", hint="keys too need quotes")
+
+
+def did_you_mean(found: object, known: Iterable[str]) -> str:
     """Return a hint that names the nearest of *known*, or nothing."""
     near = get_close_matches(str(found)[:_SHOWN_MAX], list(known), 1)
     return f"did you mean {shown(near[0])}?" if near else ""

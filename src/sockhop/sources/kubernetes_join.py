@@ -18,6 +18,7 @@ from sockhop.model import (
     Protocol,
     Service,
 )
+from sockhop.sources.annotations import read_annotations
 from sockhop.sources.compact import AFFINITY_DEFAULT
 from sockhop.sources.documents import Document
 from sockhop.sources.fields import FieldError, FieldPath, parse_host, shown
@@ -97,13 +98,20 @@ class Cluster:
                 continue
             join = _Join(found, _members(slices.get(name, ())), self._node_name)
             try:
+                wishes = read_annotations(found.metadata.annotations or {})
                 frontends = tuple(join.frontends())
-                remarks = list(join.remarks(frontends))
+                remarks = [*wishes.remarks, *join.remarks(frontends)]
             except FieldError as error:
                 raise document.error(error) from None
             self._warnings += (f"{document.file}: Service {name}: {text}" for text in remarks)
             if frontends:
-                service = Service(name, frontends, affinity_seconds=_affinity(found.spec))
+                service = Service(
+                    name,
+                    frontends,
+                    wishes.algorithm,
+                    _affinity(found.spec),
+                    reserve=wishes.reserve,
+                )
                 yield ClusterClaim(service, document, found.metadata.creation_timestamp)
             else:
                 reason = "it has no address that clients could dial, or no port"

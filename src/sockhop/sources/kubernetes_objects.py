@@ -5,7 +5,7 @@ server has it.
 """
 
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field
 
@@ -54,6 +54,7 @@ class ServiceMeta(Struct, frozen=True, rename="camel"):
     name: DnsLabel
     namespace: Namespace | None = None
     labels: Labels | None = None
+    annotations: Annotated[dict[str, Any], Meta(description="a mapping")] | None = None
     creation_timestamp: Time | None = None
 
 

@@ -1,0 +1,67 @@
+"""Annotations of Kubernetes Services: what sockhop reads of them, and what is said of others."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sockhop.model import Algorithm
+from tests.sources.manifests import refusal, service
+from tests.sources.test_kubernetes import load_objects, with_metadata
+
+pytestmark = pytest.mark.unit
+
+
+def annotated(**annotations: Any) -> dict[str, Any]:
+    """A Service with annotations of sockhop.io/ and one of somebody else."""
+    ours = {f"sockhop.io/{key}": value for key, value in annotations.items()}
+    return with_metadata(service(), annotations={"example.com/x": ["anything"], **ours})
+
+
+def test_annotations(tmp_path: Path) -> None:
+    for algorithm in Algorithm:
+        (found,), warnings = load_objects(tmp_path, annotated(algorithm=algorithm.value))
+        assert (found.algorithm, found.reserve, warnings) == (algorithm, False, [])
+    (found,), warnings = load_objects(tmp_path, annotated(reserve="true"))
+    assert (found.algorithm, found.reserve, warnings) == (Algorithm.RANDOM, True, [])
+    (found,), warnings = load_objects(tmp_path, annotated(reserve="false", algorithm=None))
+    assert (found.algorithm, found.reserve, warnings) == (Algorithm.RANDOM, False, [])
+
+
+def test_annotations_that_sockhop_does_not_know_are_said(tmp_path: Path) -> None:
+    (found,), warnings = load_objects(tmp_path, annotated(algoritm="maglev"))
+    assert found.algorithm is Algorithm.RANDOM
+    assert warnings == [
+        "Service test/echo: annotation 'sockhop.io/algoritm' is ignored: "
+        "sockhop knows sockhop.io/algorithm and sockhop.io/reserve"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("annotations", "said"),
+    [
+        (
+            {"sockhop.io/algorithm": "maglv"},
+            "annotations['sockhop.io/algorithm']: found 'maglv', expected one of "
+            "'random', 'round-robin', 'maglev', 'least-connections'\n  did you mean 'maglev'?",
+        ),
+        (
+            {"sockhop.io/reserve": []},
+            "annotations['sockhop.io/reserve']: found an empty list, "
+            "expected one of 'true', 'false'",
+        ),
+        (
+            {"sockhop.io/reserve": True},
+            "annotations['sockhop.io/reserve']: found true, "
+            "expected one of 'true', 'false'\n  quote it: \"true\"",
+        ),
+        ({1: "x"}, "annotations: found the key 1, expected a string\n  keys too need quotes"),
+        (["x"], "annotations: found a list of 1, expected a mapping"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, annotations: Any, said: str) -> None:
+    text = yaml.dump(with_metadata(service(), annotations=annotations))
+    where, _, rest = refusal(tmp_path, text).partition(": metadata.")
+    assert where in ("m.yaml:4", "m.yaml:5")
+    assert rest == said
