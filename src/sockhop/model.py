@@ -8,6 +8,7 @@ objects, the agent compares them with what the kernel holds.
 import socket
 from collections.abc import Iterable
 from enum import StrEnum
+from typing import Literal
 
 import msgspec
 
@@ -15,6 +16,7 @@ __all__ = [
     "Algorithm",
     "Backend",
     "BackendState",
+    "Clients",
     "Desired",
     "Frontend",
     "FrontendType",
@@ -115,12 +117,28 @@ class Frontend(msgspec.Struct, frozen=True, order=True):
         return f"{endpoint(self.address, self.port)}/{self.protocol.lower()}"
 
 
+class Clients(msgspec.Struct, frozen=True):
+    """Whose connections a service balances.
+
+    `namespaces`: those of the host's network namespace, of all, or of those at these paths
+    (nsfs: /run/netns/NAME, /proc/PID/ns/net). None: loopback frontends are the host's only, since
+    loopback is local; all others are for every namespace.
+    `cgroups`: only those below these paths, anywhere if there are none; `exclude`: not those
+    below these. Paths begin at the cgroup2 root.
+    """
+
+    namespaces: Literal["host", "all"] | tuple[str, ...] | None = None
+    cgroups: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+
 class Service(msgspec.Struct, frozen=True):
     """A name, its frontends and how a backend is chosen for a client.
 
     `affinity_seconds`: how long a client stays with its backend, 0 for not at all.
     `fallback`: the states, in this order, whose backends serve where none is active.
     `reserve`: whether sockets are kept from binding to the frontends.
+    `clients`: None is the same as a :class:`Clients` that says nothing.
     """
 
     name: str
@@ -129,6 +147,7 @@ class Service(msgspec.Struct, frozen=True):
     affinity_seconds: int = 0
     fallback: tuple[BackendState, ...] = (BackendState.TERMINATING,)
     reserve: bool = False
+    clients: Clients | None = None
 
 
 class Desired(msgspec.Struct, frozen=True):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sockhop.model import Algorithm, Backend, BackendState, Frontend, Protocol, Service
+from sockhop.model import Algorithm, Backend, BackendState, Clients, Frontend, Protocol, Service
 from tests.sources.manifests import compact, load_text, refusal
 
 pytestmark = pytest.mark.unit
@@ -130,6 +130,28 @@ def test_fallback(tmp_path: Path) -> None:
 def test_reserve(tmp_path: Path) -> None:
     assert one(tmp_path).reserve is False
     assert one(tmp_path, reserve=True).reserve is True
+
+
+@pytest.mark.parametrize(
+    ("clients", "found"),
+    [
+        ({}, Clients()),
+        ({"namespaces": "host"}, Clients("host")),
+        ({"namespaces": "all", "cgroups": [], "exclude": []}, Clients("all")),
+        ({"namespaces": ["/run/netns/a", "/b"]}, Clients(("/run/netns/a", "/b"))),
+        ({"cgroups": ["/a"], "exclude": ["/a/b", "/c"]}, Clients(None, ("/a",), ("/a/b", "/c"))),
+    ],
+)
+def test_clients(tmp_path: Path, clients: dict[str, Any], found: Clients) -> None:
+    loaded = load_text(tmp_path, json.dumps(compact(clients=clients)))
+    assert loaded.desired.services[0].clients == found
+    unapplied = [f"clients.{key}" for key in ("cgroups", "exclude") if clients.get(key)]
+    assert len(loaded.warnings) == bool(unapplied)
+    assert all(f": {', '.join(unapplied)} " in warning for warning in loaded.warnings)
+
+
+def test_clients_that_are_not_limited(tmp_path: Path) -> None:
+    assert one(tmp_path).clients is None
 
 
 def test_the_message_of_the_brief(tmp_path: Path) -> None:
@@ -363,11 +385,14 @@ def test_everything_unapplied_is_in_one_warning(tmp_path: Path) -> None:
             "tcp": {"removed": {"drain": "30s", "deadline": "5m"}, "terminating": "leave"},
             "udp": {"quarantined": "sever", "maintenance": "leave", "denied": "sever"},
         },
+        "splice": "on",
+        "health": {"http": {"path": "/"}},
         "clients": {"namespaces": ["/run/netns/a"], "cgroups": ["/a.slice"], "exclude": ["/b"]},
     }
     (warning,) = load_text(tmp_path, json.dumps(compact(**fields))).warnings
     assert warning.endswith(
-        "service web: intent, clients are checked but not applied by this version"
+        "service web: intent, splice, health, clients.cgroups, clients.exclude are checked "
+        "but not applied by this version"
     )
 
 

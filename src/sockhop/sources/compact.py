@@ -16,6 +16,7 @@ from sockhop.model import (
     Algorithm,
     Backend,
     BackendState,
+    Clients,
     Frontend,
     Protocol,
     Service,
@@ -43,7 +44,7 @@ _PROTOCOLS = {
 }
 _ENDPOINT = '"address:port" with a port from 1 to 65535'
 _FRONTEND = f"{_ENDPOINT}, then nothing or one of /tcp, /udp, /tcp+udp"
-_UNAPPLIED = ("intent", "splice", "health", "clients")
+_UNAPPLIED = ("intent", "splice", "health")
 
 Name = Annotated[
     str,
@@ -138,13 +139,16 @@ class Health(Struct, frozen=True, forbid_unknown_fields=True):
     fall: Times | UnsetType = UNSET
 
 
-class Clients(Struct, frozen=True, forbid_unknown_fields=True):
+class ClientsForm(Struct, frozen=True, forbid_unknown_fields=True):
     """Whose connections are balanced: network namespaces and cgroups by path."""
 
-    namespaces: Annotated[
-        Literal["host", "all"] | Annotated[list[AbsolutePath], Meta(min_length=1)],
-        Meta(description="host, all or a list of one or more paths"),
-    ] = "host"
+    namespaces: (
+        Annotated[
+            Literal["host", "all"] | Annotated[list[AbsolutePath], Meta(min_length=1)],
+            Meta(description="host, all or a list of one or more paths"),
+        ]
+        | UnsetType
+    ) = UNSET
     cgroups: list[AbsolutePath] = []
     exclude: list[AbsolutePath] = []
 
@@ -181,7 +185,7 @@ class ServiceForm(Struct, frozen=True, forbid_unknown_fields=True):
         | UnsetType
     ) = UNSET
     health: Health | UnsetType = UNSET
-    clients: Clients | UnsetType = UNSET
+    clients: ClientsForm | UnsetType = UNSET
 
 
 class CompactFile(Struct, frozen=True, forbid_unknown_fields=True):
@@ -216,6 +220,7 @@ def read_compact(document: Document, warnings: list[str]) -> Iterator[CompactCla
                 _affinity(form),
                 _fallback(form),
                 form.reserve,
+                _clients(form),
             )
             _check_intent(form)
         except FieldError as error:
@@ -321,6 +326,14 @@ def _fallback(form: ServiceForm) -> tuple[BackendState, ...]:
     return tuple(BackendState(state) for state in states)
 
 
+def _clients(form: ServiceForm) -> Clients | None:
+    if form.clients is UNSET:
+        return None
+    found = form.clients.namespaces
+    namespaces = tuple(found) if isinstance(found, list) else None if found is UNSET else found
+    return Clients(namespaces, tuple(form.clients.cgroups), tuple(form.clients.exclude))
+
+
 def _check_intent(form: ServiceForm) -> None:
     if form.intent is UNSET:
         return
@@ -351,6 +364,8 @@ def _ignored(form: ServiceForm, frontends: tuple[Frontend, ...]) -> Iterator[str
         if form.backends and not frontend.backends:
             yield f"frontend {frontend} has no backend: IPv6 ones cannot serve an IPv4 frontend"
     keys = [key for key in _UNAPPLIED if getattr(form, key) not in (UNSET, "off", False)]
+    if form.clients is not UNSET:
+        keys += [f"clients.{key}" for key in ("cgroups", "exclude") if getattr(form.clients, key)]
     if keys:
         verb = "is" if len(keys) == 1 else "are"
         yield f"{', '.join(keys)} {verb} checked but not applied by this version"
