@@ -67,8 +67,8 @@ def test_no_backend_is_said_at_once(sandbox: Sandbox) -> None:
             'sockhop_connects_total{port="",protocol="tcp",result="no_backend",service="web"} 1.0'
         )
         assert rejected in scrape("/metrics")
-        wait_until(lambda: "web: rejected with EHOSTUNREACH, no backend is active: 1" in agent.log.read_text(),
-                   "the rejection in the log")  # fmt: skip
+        line = "web: rejected with EHOSTUNREACH, no backend is active: 1"
+        wait_until(lambda: line in agent.log.read_text(), "the rejection in the log")
 
 
 def scrape(path: str) -> str:

@@ -19,7 +19,7 @@ from sockhop.datapath.records import BLOCK_ENTRIES, FrontendKey, Setting, SlotKe
 from sockhop.datapath.shares import table_for
 from sockhop.kernel.bpffs import lock_directory
 from sockhop.kernel.maps import Map
-from sockhop.model import Backend, Desired, Frontend, Protocol, Service
+from sockhop.model import Algorithm, Backend, Desired, Frontend, Protocol, Service
 from tests.agent.strategies import desired_states
 
 pytestmark = pytest.mark.kernel
@@ -35,7 +35,7 @@ def maps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BalanceMaps]:
     pins = Path("/sys/fs/bpf") / f"sockhop-test-{tmp_path_factory.getbasetemp().name}-installer"
     with lock_directory(pins):
         try:
-            with Balancer(pins) as balancer:
+            with Balancer(pins, sizes={"frontends": 256}) as balancer:
                 yield balancer.maps
         finally:
             remove_pins(pins)
@@ -87,7 +87,6 @@ def test_any_state_from_any_other(maps: BalanceMaps, states: list[Desired]) -> N
         target = become(installer, state)
         check(maps, target)
         assert installer.installed == read_installed(maps)
-        installer.check(target.entries)
         assert not make_plan(target, installer.installed)
 
 
@@ -111,7 +110,7 @@ def dying(after: int) -> Iterator[None]:
         return write
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("set", "delete"):
+        for name in ("_store", "delete"):
             patch.setattr(Map, name, counting(getattr(Map, name)))
         # One by one, so that it can die between any two entries.
         patch.setattr(Map, "_update_batch", lambda *_: 0)
@@ -181,13 +180,28 @@ def test_a_full_map_is_refused_before_anything_is_written(
     assert not maps.frontends.keys()
 
 
-def test_read_back_notices_another_writer(maps: BalanceMaps) -> None:
+@pytest.mark.parametrize("what", ["slots", "words", "frontends", "backends", "tables"])
+def test_read_back_notices_another_writer(
+    maps: BalanceMaps, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
     installer = Installer(maps)
+    become(installer, Desired())
     frontend = Frontend("10.0.0.1", 80, Protocol.TCP, backends=(Backend("10.1.0.1", 80),))
-    become(installer, Desired((Service("web", (frontend,)),)))
-    key = next(iter(installer.installed.entries))
-    installer.check([key])
-    old = installer.installed.entries[key]
-    maps.slots.delete(SlotKey(old.id, old.generation, 0))
-    with pytest.raises(ReadBackError):
-        installer.check([key])
+    desired = Desired((Service("web", (frontend,), Algorithm.ROUND_ROBIN),))
+
+    def interfere() -> None:
+        target = getattr(maps, what)
+        if what == "words":
+            target.update_many((number, 7) for number, value in target.items() if value)
+        else:
+            target.delete_many(target.keys())
+
+    monkeypatch.setattr(installer_module, "grace_period", interfere)
+    with pytest.raises(ReadBackError, match=f"the map {what} does not hold"):
+        become(installer, desired)
+    # What the agent then does: it takes the maps as they are, and mends them.
+    monkeypatch.setattr(installer_module, "grace_period", lambda: None)
+    installer.read()
+    target = become(installer, desired)
+    Installer(maps)  # sweeps what the damaged state has left
+    check(maps, target)

@@ -9,7 +9,7 @@ from sockhop.agent import installer as installer_module
 from sockhop.agent.installer import Installer
 from sockhop.agent.plan import InstalledEntry, InstalledMember, make_plan
 from sockhop.agent.target import Member, expand
-from sockhop.datapath.records import SlotKey, SlotRecord, word
+from sockhop.datapath.records import FrontendKey, SlotKey, word
 from sockhop.kernel.netns import current_cookie
 from sockhop.model import Algorithm, Protocol
 from tests.kernel.hammer import Result, backends, desired, hammer
@@ -52,18 +52,17 @@ def test_a_change_is_atomic(sandbox: Sandbox) -> None:
 def write_plain_slots(installer: Installer, parity: int) -> None:
     """Slots without a generation, overwritten where they are, the surplus deleted."""
     maps, installed = installer._maps, installer.installed
-    slots: list[tuple[SlotKey, SlotRecord]] = []
+    changed: dict[FrontendKey, InstalledEntry] = {}
     words, surplus = [], []
     for key, old in installed.entries.items():
         wanted = backends(int(old.entry.service[1:]), parity) if old.entry.backends else ()
         for backend in wanted:
             member = Member(old.entry.service, backend.address, backend.port, Protocol.UDP)
             installed.members.setdefault(member, InstalledMember(backend, len(installed.members)))
-        entry = InstalledEntry(old.entry._replace(backends=wanted), old.id, 1)
-        slots += installer._slots_of(key, entry)
+        changed[key] = InstalledEntry(old.entry._replace(backends=wanted), old.id, 1)
         words.append((old.id, word(1, Algorithm.RANDOM, len(wanted))))
         surplus += [SlotKey(old.id, 1, position) for position in range(len(wanted), 3)]
-    maps.slots.update_many(slots)
+    maps.slots.update_encoded(list(installer._slot_rows(changed)))
     maps.slots.delete_many(surplus)
     maps.words.update_many(words)
 

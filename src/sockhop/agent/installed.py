@@ -1,6 +1,6 @@
 """Reads back what the pinned maps hold: what the hooks would do, not what anybody meant."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from sockhop.agent.plan import Installed, InstalledEntry, InstalledMember
@@ -11,7 +11,6 @@ from sockhop.datapath.records import (
     FRONTEND_TYPES,
     STATES,
     FrontendFlag,
-    FrontendKey,
     FrontendRecord,
     SlotKey,
     SlotRecord,
@@ -19,17 +18,21 @@ from sockhop.datapath.records import (
     word_count,
     word_generation,
 )
-from sockhop.model import Backend, Protocol, unpack_address
+from sockhop.model import Algorithm, Backend, Protocol, unpack_address
 
-__all__ = ["map_usage", "read_entry", "read_installed", "read_table"]
+__all__ = ["map_usage", "read_installed"]
 
 _PROTOCOLS = {protocol.number: protocol for protocol in Protocol}
 
 
 def read_installed(maps: BalanceMaps) -> Installed:
-    """Return all that the maps hold."""
+    """Return all that the maps hold.
+
+    An entry that is damaged (a slot or a table's block is missing, or names a backend that is not
+    there) belongs to no service, so that a plan makes it anew.
+    """
     names = {number: _text(record.name) for number, record in maps.services.items()}
-    members = {}
+    members, known = {}, set()
     for number, record in maps.backends.items():
         if record.service in names:
             member = Member(
@@ -40,39 +43,36 @@ def read_installed(maps: BalanceMaps) -> Installed:
             )
             backend = Backend(*member[1:3], STATES[record.state], record.weight)
             members[member] = InstalledMember(backend, number)
+            known.add(number)
     slots: defaultdict[tuple[int, int], list[tuple[SlotKey, SlotRecord]]] = defaultdict(list)
     for key, slot in maps.slots.items():
         slots[key.frontend, key.generation].append((key, slot))
+    blocks = Counter((key.frontend, key.generation) for key in maps.tables.keys())
     words = dict(maps.words.items())
     entries = {}
-    for frontend, record in maps.frontends.items():
-        word = words[record.id]
-        found = sorted(slots.get((record.id, word_generation(word)), ()))
-        name = names.get(record.service, "")
-        entries[frontend] = _entry(record, name, word, [slot for _, slot in found])
+    for frontend, label in maps.frontends.items():
+        word = words[label.id]
+        here = (label.id, word_generation(word))
+        found = sorted(slots.get(here, ()))
+        sound = _is_sound(word, found, blocks[here], known)
+        name = names.get(label.service, "") if sound else ""
+        entries[frontend] = _entry(label, name, word, [slot for _, slot in found])
     return Installed(entries, members, {name: number for number, name in names.items()})
 
 
-def read_entry(maps: BalanceMaps, key: FrontendKey) -> InstalledEntry | None:
-    """Return what the maps hold for one frontend; None if it is not there."""
-    record = maps.frontends.get(key)
-    if record is None:
-        return None
-    word = maps.words.get(record.id) or 0
-    service = maps.services.get(record.service)
-    slots: list[SlotRecord] = []
-    while slot := maps.slots.get(SlotKey(record.id, word_generation(word), len(slots))):
-        slots.append(slot)
-    return _entry(record, _text(service.name) if service else "", word, slots)
-
-
-def read_table(maps: BalanceMaps, entry: InstalledEntry) -> bytes:
-    """Return the entries of the table of an installed entry, as far as its blocks are there."""
-    found, blocks = b"", -(-word_count(maps.words.get(entry.id) or 0) // BLOCK_ENTRIES)
-    for number in range(blocks):
-        block = maps.tables.get(SlotKey(entry.id, entry.generation, number))
-        found += block.entries if block else b""
-    return found
+def _is_sound(
+    word: int, slots: list[tuple[SlotKey, SlotRecord]], blocks: int, known: set[int]
+) -> bool:
+    """Whether a reader of *word* finds all that it may ask for."""
+    count = word_count(word)
+    if word_algorithm(word) in (Algorithm.ROUND_ROBIN, Algorithm.MAGLEV):
+        complete = blocks == -(-count // BLOCK_ENTRIES) and bool(slots) == bool(count)
+    else:
+        complete = len(slots) == count
+    return complete and all(
+        key.position == position and slot.backend in known
+        for position, (key, slot) in enumerate(slots)
+    )
 
 
 def map_usage(maps: BalanceMaps) -> Iterator[tuple[str, int, int]]:

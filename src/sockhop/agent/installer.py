@@ -7,7 +7,7 @@ agent left half-written no word names, and the next one deletes it (:meth:`Insta
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from sockhop.agent.installed import read_entry, read_installed, read_table
+from sockhop.agent.installed import read_installed
 from sockhop.agent.plan import Installed, InstalledEntry, InstalledMember, Plan
 from sockhop.agent.target import Entry, Member
 from sockhop.datapath.balancer import BalanceMaps
@@ -15,15 +15,10 @@ from sockhop.datapath.records import (
     BLOCK_ENTRIES,
     FRONTEND_TYPES,
     STATES,
-    BackendRecord,
     Counters,
     FrontendKey,
-    FrontendRecord,
-    ServiceRecord,
     Setting,
     SlotKey,
-    SlotRecord,
-    TableBlock,
     word,
 )
 from sockhop.datapath.shares import alias_table, table_for
@@ -32,9 +27,13 @@ from sockhop.kernel.maps import Map
 from sockhop.kernel.syscall import grace_period
 from sockhop.model import Algorithm, Backend, Protocol, pack_address
 
-__all__ = ["CapacityError", "Installer", "ReadBackError", "check_capacity"]
+__all__ = ["CapacityError", "Installer", "ReadBackError", "check_capacity", "table_bytes"]
+
+Row = tuple[bytes, bytes]
+"""An encoded key and value."""
 
 _PROTOCOLS = {protocol.number: protocol for protocol in Protocol}
+_PROTOCOL_NUMBERS = {protocol: number for number, protocol in _PROTOCOLS.items()}
 _STATE_CODES = {state: code for code, state in enumerate(STATES)}
 _TYPE_CODES = {kind: code for code, kind in enumerate(FRONTEND_TYPES)}
 
@@ -82,6 +81,7 @@ class Installer:
         self._maps = maps
         self.installed = Installed({}, {}, {})
         self._free: list[int] = []
+        self._written: list[tuple[Map[Any, Any], list[Row]]] = []
         self.read()
 
     def read(self) -> None:
@@ -106,11 +106,13 @@ class Installer:
     def apply(self, plan: Plan) -> int:
         """Make the maps what *plan* says; return the generation that the change got.
 
-        CapacityError before anything is written where a map has no room for it.
+        CapacityError before anything is written where a map has no room for it, ReadBackError
+        where the maps hold something else afterwards.
         """
         if not plan:
             return self._maps.setting(Setting.GENERATION)
         check_capacity(plan, self.installed, self._maps)
+        self._written.clear()
         generation = self._maps.setting(Setting.GENERATION) + 1
         self._set(Setting.GENERATION, generation)
         self._write_services(entry.service for entry in plan.added.values())
@@ -124,21 +126,8 @@ class Installer:
         grace_period()
         self._forget(old)
         self._remove_members(plan.gone)
+        self._read_back()
         return generation
-
-    def check(self, keys: Iterable[FrontendKey]) -> None:
-        """Read the entries of *keys* back; ReadBackError where the maps hold something else."""
-        for key in keys:
-            wanted = self.installed.entries.get(key)
-            found = read_entry(self._maps, key)
-            same = found == wanted and (
-                wanted is None or read_table(self._maps, wanted) == _table_bytes(wanted.entry)
-            )
-            if not same:
-                raise ReadBackError(
-                    f"the maps hold {found} for {key}, not {wanted} as was written",
-                    hint="does something else write to the pinned maps? restart the agent",
-                )
 
     def forget_dead_counts(self) -> None:
         """Delete live counts of 0 of backends that are gone: no hook can choose those any more."""
@@ -150,39 +139,43 @@ class Installer:
 
     # --- parts of apply(), in its order -------------------------------------------------------
 
+    def _write(self, target: Map[Any, Any], rows: Iterable[Row]) -> None:
+        rows = list(rows)
+        target.update_encoded(rows)
+        self._written.append((target, rows))
+
     def _write_services(self, names: Iterable[str]) -> None:
         new = sorted(set(names) - self.installed.services.keys())
         ids = self._new_ids(Setting.NEXT_SERVICE, len(new))
-        self._maps.services.update_many(
-            (number, ServiceRecord(name.encode())) for number, name in zip(ids, new, strict=True)
+        target = self._maps.services
+        self._write(
+            target,
+            (
+                (target.key.pack(number), target.value.pack(name.encode()))
+                for number, name in zip(ids, new, strict=True)
+            ),
         )
         self.installed.services.update(zip(new, ids, strict=True))
 
     def _write_members(self, members: Mapping[Member, Backend]) -> None:
-        have = self.installed.members
+        have, services = self.installed.members, self.installed.services
         new = [member for member in members if member not in have]
         ids = dict(zip(new, self._new_ids(Setting.NEXT_BACKEND, len(new)), strict=True))
-        services = self.installed.services
-        records = {
-            member: InstalledMember(backend, ids[member] if member in ids else have[member].id)
-            for member, backend in members.items()
-        }
-        self._maps.backends.update_many(
-            (
-                record.id,
-                BackendRecord(
-                    record.id,
-                    services[member.service],
-                    pack_address(member.address),
-                    member.port,
-                    record.backend.weight,
-                    member.protocol.number,
-                    _STATE_CODES[record.backend.state],
-                ),
+        target, rows = self._maps.backends, []
+        for member, backend in members.items():
+            number = ids[member] if member in ids else have[member].id
+            value = target.value.pack(
+                number,
+                services[member.service],
+                pack_address(member.address),
+                member.port,
+                backend.weight,
+                _PROTOCOL_NUMBERS[member.protocol],
+                _STATE_CODES[backend.state],
             )
-            for member, record in records.items()
-        )
-        have.update(records)
+            rows.append((target.key.pack(number), value))
+            have[member] = InstalledMember(backend, number)
+        self._write(target, rows)
 
     def _outdated(self, plan: Plan) -> Iterator[FrontendKey]:
         yield from plan.removed
@@ -199,21 +192,20 @@ class Installer:
             key: InstalledEntry(entry, entries[key].id, generation)
             for key, entry in plan.flipped.items()
         }
-        maps.slots.update_many(
-            slot for key, new in changed.items() for slot in self._slots_of(key, new)
-        )
-        maps.tables.update_many(block for new in changed.values() for block in self._table_of(new))
+        self._write(maps.slots, self._slot_rows(changed))
+        self._write(maps.tables, self._table_rows(changed.values()))
         for key, new in changed.items():
             if new.entry.algorithm is Algorithm.LEAST_CONNECTIONS:
                 self._make_loads(key, new.entry)
         maps.counters.update_many((changed[key].id, Counters(0, 0)) for key in plan.added)
-        maps.words.update_many((new.id, _word_of(new)) for new in changed.values())
+        number, word = maps.words.key.pack, maps.words.value.pack
+        self._write(maps.words, ((number(new.id), word(_word_of(new))) for new in changed.values()))
         entries.update(changed)
         for key, entry in plan.relabelled.items():
             entries[key] = entries[key]._replace(entry=entry)
         # The entry of one namespace first: the general one may send readers there.
         keys = sorted(plan.added.keys() | plan.relabelled.keys(), key=lambda k: not k.netns)
-        maps.frontends.update_many((key, self._frontend_record(key)) for key in keys)
+        self._write(maps.frontends, map(self._frontend_row, keys))
 
     def _forget(self, old: Iterable[InstalledEntry]) -> None:
         maps = self._maps
@@ -237,6 +229,15 @@ class Installer:
         for name in self.installed.services.keys() - used:
             self._maps.services.delete(self.installed.services.pop(name))
 
+    def _read_back(self) -> None:
+        for target, rows in self._written:
+            if (key := target.first_difference(rows)) is not None:
+                raise ReadBackError(
+                    f"the map {target.name} does not hold at {key.hex()} what was written there",
+                    hint="does something else write to the pinned maps? restart the agent",
+                )
+        self._written.clear()
+
     # --- records ------------------------------------------------------------------------------
 
     def _new_ids(self, setting: Setting, n: int) -> range:
@@ -248,10 +249,11 @@ class Installer:
     def _set(self, setting: Setting, value: int) -> None:
         self._maps.settings.set(setting, value)
 
-    def _frontend_record(self, key: FrontendKey) -> FrontendRecord:
-        new = self.installed.entries[key]
-        return FrontendRecord(
-            self._maps.frontend_key.encode(key),
+    def _frontend_row(self, key: FrontendKey) -> Row:
+        new, target = self.installed.entries[key], self._maps.frontends
+        encoded = target.key.encode(key)
+        return encoded, target.value.pack(
+            encoded,
             new.id,
             self.installed.services[new.entry.service],
             new.entry.affinity,
@@ -259,33 +261,35 @@ class Installer:
             new.entry.flags,
         )
 
-    def _slots_of(
-        self, key: FrontendKey, new: InstalledEntry
-    ) -> Iterator[tuple[SlotKey, SlotRecord]]:
-        encode = self._maps.slot_key.encode
-        shares = alias_table([backend.weight for backend in new.entry.backends])
-        for index, (backend, share) in enumerate(zip(new.entry.backends, shares, strict=True)):
-            slot = SlotKey(new.id, new.generation, index)
-            yield (
-                slot,
-                SlotRecord(
-                    encode(slot),
-                    self._member_id(key, new.entry, backend),
-                    pack_address(backend.address),
-                    share.keep,
-                    share.alias,
-                    backend.port,
-                    backend.weight,
-                    _STATE_CODES[backend.state],
-                ),
-            )
+    def _slot_rows(self, changed: Mapping[FrontendKey, InstalledEntry]) -> Iterator[Row]:
+        pack_key, pack_value = self._maps.slots.key.pack, self._maps.slots.value.pack
+        for frontend, new in changed.items():
+            backends = new.entry.backends
+            shares = alias_table([backend.weight for backend in backends])
+            for position, (backend, share) in enumerate(zip(backends, shares, strict=True)):
+                key = pack_key(new.id, new.generation, position)
+                yield (
+                    key,
+                    pack_value(
+                        key,
+                        self._member_id(frontend, new.entry, backend),
+                        pack_address(backend.address),
+                        share.keep,
+                        share.alias,
+                        backend.port,
+                        backend.weight,
+                        _STATE_CODES[backend.state],
+                    ),
+                )
 
-    def _table_of(self, new: InstalledEntry) -> Iterator[tuple[SlotKey, TableBlock]]:
-        data, size = _table_bytes(new.entry), 2 * BLOCK_ENTRIES
-        for number in range(len(data) // size):
-            key = SlotKey(new.id, new.generation, number)
-            block = data[number * size : (number + 1) * size]
-            yield key, TableBlock(self._maps.slot_key.encode(key), block)
+    def _table_rows(self, changed: Iterable[InstalledEntry]) -> Iterator[Row]:
+        pack_key, pack_value = self._maps.tables.key.pack, self._maps.tables.value.pack
+        size = 2 * BLOCK_ENTRIES
+        for new in changed:
+            data = table_bytes(new.entry)
+            for number in range(len(data) // size):
+                key = pack_key(new.id, new.generation, number)
+                yield key, pack_value(key, data[number * size : (number + 1) * size])
 
     def _make_loads(self, key: FrontendKey, entry: Entry) -> None:
         for backend in entry.backends:
@@ -305,6 +309,7 @@ def _word_of(new: InstalledEntry) -> int:
     return word(new.generation, algorithm, len(table_for(algorithm, backends)) or len(backends))
 
 
-def _table_bytes(entry: Entry) -> bytes:
+def table_bytes(entry: Entry) -> bytes:
+    """Return the table of *entry* as its blocks hold it, padded to whole blocks."""
     table = table_for(*entry.choice).tobytes()
     return table + bytes(-len(table) % (2 * BLOCK_ENTRIES))

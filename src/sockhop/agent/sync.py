@@ -44,6 +44,7 @@ class Synchronizer:
             self.apply(loaded)
         except SockhopError as error:
             _LOG.error("not applied: %s", error)
+            self._installer.read()  # what was written before it failed is there
             self._state.sync_error = str(error)
             return False
         self._state.sync_seconds = time.monotonic() - begin
@@ -57,7 +58,6 @@ class Synchronizer:
         plan = make_plan(target, installer.installed)
         lines = list(plan.lines(installer.installed))
         state.generation = installer.apply(plan)
-        installer.check([*plan.added, *plan.flipped, *plan.relabelled, *plan.removed])
         for line in lines[:_LINES]:
             _LOG.info("%s", line)
         if len(lines) > _LINES:

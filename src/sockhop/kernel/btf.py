@@ -37,6 +37,8 @@ class Codec(Generic[T]):
         self.kind = kind
         self.size = packer.size
         self._packer = packer
+        self.pack = packer.pack
+        """Return the bytes of a value given as its fields: faster than encode() in bulk."""
         self._make: Any = getattr(kind, "_make", None)
 
     def encode(self, value: T) -> bytes:

@@ -1,10 +1,9 @@
 """BPF maps with typed keys and values (kernel/bpf/syscall.c, Documentation/bpf/maps.rst)."""
 
 import errno
-import itertools
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -18,6 +17,8 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 _BATCH = 4096
+_FEW = 1000
+"""From here on, reading the whole map is quicker than looking each entry up."""
 # What a kernel without batch operations for this map answers: ENOTSUPP (524) has no name in libc.
 _NO_BATCH = (errno.EINVAL, errno.EOPNOTSUPP, 524)
 
@@ -65,8 +66,8 @@ class Map(Generic[K, V]):
         self.fd = fd
         self.info = map_info(fd)
         self.name = self.info.name
-        self._key = key
-        self._value = value
+        self.key = key
+        self.value = value
         self._batch = True
         if (self.info.key_size, self.info.value_size) != (key.size, value.size):
             raise ValueError(
@@ -93,23 +94,16 @@ class Map(Generic[K, V]):
 
     def get(self, key: K) -> V | None:
         """Return the value of *key*, None if there is none."""
-        value = ffi.new("char[]", self._value.size)
-        result = lib.bpf_map_lookup_elem(self.fd, self._key.encode(key), value)
-        if result == -errno.ENOENT:
-            return None
-        check(result, f"looking up in the map {self.name}")
-        return self._value.decode(ffi.buffer(value))
+        found = self._lookup(self.key.encode(key))
+        return None if found is None else self.value.decode(found)
 
     def set(self, key: K, value: V, flags: int = 0) -> None:
         """Store *value*; KernelError with E2BIG where the map is full."""
-        result = lib.bpf_map_update_elem(
-            self.fd, self._key.encode(key), self._value.encode(value), flags
-        )
-        check(result, f"writing to the map {self.name}")
+        self._store(self.key.encode(key), self.value.encode(value), flags)
 
     def delete(self, key: K) -> bool:
         """Delete *key*; False if it was not there."""
-        result = lib.bpf_map_delete_elem(self.fd, self._key.encode(key))
+        result = lib.bpf_map_delete_elem(self.fd, self.key.encode(key))
         if result == -errno.ENOENT:
             return False
         check(result, f"deleting from the map {self.name}")
@@ -118,40 +112,66 @@ class Map(Generic[K, V]):
     def items(self) -> list[tuple[K, V]]:
         """Return all entries. Of those that come and go meanwhile, some may be missed."""
         keys, values = self._dump()
-        return list(zip(self._key.decode_many(keys), self._value.decode_many(values), strict=True))
+        return list(zip(self.key.decode_many(keys), self.value.decode_many(values), strict=True))
 
     def keys(self) -> list[K]:
         """Return the keys of all entries, as :meth:`items` does."""
-        return self._key.decode_many(self._dump()[0])
+        return self.key.decode_many(self._dump()[0])
 
     def used(self) -> int:
         """Return how many entries there are."""
-        return len(self._dump()[0]) // self._key.size
+        return len(self._dump()[0]) // self.key.size
 
     def update_many(self, entries: Iterable[tuple[K, V]]) -> None:
         """Store all *entries*, in order, in batches (Linux 5.6) where the kernel can."""
-        entries = iter(entries)
-        while chunk := list(itertools.islice(entries, _BATCH)):
-            keys = b"".join([self._key.encode(key) for key, _ in chunk])
-            values = b"".join([self._value.encode(value) for _, value in chunk])
-            done = self._update_batch(keys, values, len(chunk)) if self._batch else 0
+        key, value = self.key.encode, self.value.encode
+        self.update_encoded([(key(k), value(v)) for k, v in entries])
+
+    def update_encoded(self, rows: Sequence[tuple[bytes, bytes]]) -> None:
+        """Store entries that are encoded already, as :meth:`update_many` does."""
+        for first in range(0, len(rows), _BATCH):
+            chunk = rows[first : first + _BATCH]
+            done = self._update_batch(chunk) if self._batch else 0
             for key, value in chunk[done:]:
-                self.set(key, value)
+                self._store(key, value)
+
+    def first_difference(self, rows: Sequence[tuple[bytes, bytes]]) -> bytes | None:
+        """Return the first key whose value is not the one in *rows*; None if all are."""
+        if len(rows) < _FEW:
+            found = {key: self._lookup(key) for key, _ in rows}
+        else:
+            keys, values = self._dump()
+            found = dict(zip(_slices(keys, self.key.size), _slices(values, self.value.size),
+                             strict=True))  # fmt: skip
+        return next((key for key, value in rows if found.get(key) != value), None)
 
     def delete_many(self, keys: Iterable[K]) -> None:
         """Delete all *keys*; those that are not there are passed over."""
         for key in keys:
             self.delete(key)
 
-    def _update_batch(self, keys: bytes, values: bytes, n: int) -> int:
-        count = ffi.new("__u32 *", n)
+    def _store(self, key: bytes, value: bytes, flags: int = 0) -> None:
+        result = lib.bpf_map_update_elem(self.fd, key, value, flags)
+        check(result, f"writing to the map {self.name}")
+
+    def _lookup(self, key: bytes) -> bytes | None:
+        value = ffi.new("char[]", self.value.size)
+        result = lib.bpf_map_lookup_elem(self.fd, key, value)
+        if result == -errno.ENOENT:
+            return None
+        check(result, f"looking up in the map {self.name}")
+        return bytes(ffi.buffer(value))
+
+    def _update_batch(self, rows: Sequence[tuple[bytes, bytes]]) -> int:
+        keys, values = map(b"".join, zip(*rows, strict=True))
+        count = ffi.new("__u32 *", len(rows))
         result = lib.bpf_map_update_batch(self.fd, keys, values, count, ffi.NULL)
         if -result in _NO_BATCH:
             self._batch = False
             return 0
         if result < 0:
-            raise KernelError(f"writing {n} entries to the map {self.name}", -result)
-        return n
+            raise KernelError(f"writing {len(rows)} entries to the map {self.name}", -result)
+        return len(rows)
 
     def _dump(self) -> tuple[bytes, bytes]:
         try:
@@ -164,12 +184,12 @@ class Map(Generic[K, V]):
     def _dump_batch(self) -> tuple[bytes, bytes]:
         # A hash hands out whole buckets: a batch smaller than the fullest one is ENOSPC.
         size, keys, values = _BATCH, bytearray(), bytearray()
-        position, following = ffi.NULL, ffi.new("char[]", max(self._key.size, 8))
+        position, following = ffi.NULL, ffi.new("char[]", max(self.key.size, 8))
         count = ffi.new("__u32 *")
         while True:
             count[0] = size
-            key_room = ffi.new("char[]", size * self._key.size)
-            value_room = ffi.new("char[]", size * self._value.size)
+            key_room = ffi.new("char[]", size * self.key.size)
+            value_room = ffi.new("char[]", size * self.value.size)
             result = lib.bpf_map_lookup_batch(
                 self.fd, position, following, key_room, value_room, count, ffi.NULL
             )
@@ -178,16 +198,16 @@ class Map(Generic[K, V]):
                 continue
             if result not in (0, -errno.ENOENT):
                 raise KernelError(f"reading the map {self.name}", -result)
-            keys += ffi.buffer(key_room, count[0] * self._key.size)
-            values += ffi.buffer(value_room, count[0] * self._value.size)
+            keys += ffi.buffer(key_room, count[0] * self.key.size)
+            values += ffi.buffer(value_room, count[0] * self.value.size)
             if result:
                 return bytes(keys), bytes(values)
-            position, following = following, ffi.new("char[]", max(self._key.size, 8))
+            position, following = following, ffi.new("char[]", max(self.key.size, 8))
 
     def _dump_one_by_one(self) -> tuple[bytes, bytes]:
         keys, values = bytearray(), bytearray()
         for key in self._walk():
-            value = ffi.new("char[]", self._value.size)
+            value = ffi.new("char[]", self.value.size)
             if lib.bpf_map_lookup_elem(self.fd, key, value) == 0:
                 keys += ffi.buffer(key)
                 values += ffi.buffer(value)
@@ -197,8 +217,12 @@ class Map(Generic[K, V]):
         # Bounded: when the entry behind a key goes, the kernel starts from the first again.
         key: Any = ffi.NULL
         for _ in range(4 * self.max_entries):
-            following = ffi.new("char[]", self._key.size)
+            following = ffi.new("char[]", self.key.size)
             if lib.bpf_map_get_next_key(self.fd, key, following) < 0:
                 return
             yield following
             key = following
+
+
+def _slices(data: bytes, size: int) -> list[bytes]:
+    return [data[i : i + size] for i in range(0, len(data), size)]
