@@ -5,12 +5,16 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from sockhop.kernel import netns
 from tests.agent.churn import VIP, Loop, churn, random_state
 from tests.sandbox import Agent, Sandbox, ServerThread, compact, publish, wait_until
 
@@ -231,3 +235,48 @@ def settle(sandbox: Sandbox, agent: Agent, path: Path, servers: list[ServerThrea
         "frontends": 1, "slots": 1, "tables": 0, "backends": 1, "services": 1
     }, "nothing else in the maps")  # fmt: skip
     assert agent.stop() == 0
+
+
+def test_a_service_for_one_namespace(sandbox: Sandbox) -> None:
+    """`clients.namespaces` by path: a namespace that appears later is served, others never."""
+    there, elsewhere = f"{sandbox.name}-there", f"{sandbox.name}-else"
+    path = sandbox.manifest(
+        compact(
+            web={
+                "frontends": [f"{VIP}:80/udp"],
+                "backends": ["10.1.0.1:80"],
+                "clients": {"namespaces": [f"/run/netns/{there}"]},
+            }
+        )
+    )
+
+    def served(name: str) -> bool:
+        with (
+            netns.entered(Path("/run/netns") / name),
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client,
+        ):
+            if client.connect_ex((VIP, 80)):
+                return False
+            # The kernel's own word: 10.1.0.1:80, in the hex of its host order.
+            return "0100010A:0050" in Path("/proc/thread-self/net/udp").read_text()
+
+    with sandbox.agent(path, "--settle-every", "1") as agent:
+        assert f"/run/netns/{there}" in agent.log.read_text()
+        with made_namespace(there), made_namespace(elsewhere):
+            wait_until(lambda: served(there), "the new namespace to be served")
+            assert not served(elsewhere)
+            assert not served(sandbox.name)
+
+
+@contextmanager
+def made_namespace(name: str) -> Iterator[None]:
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
+        # Every address is local there: a connect needs a route.
+        subprocess.run(
+            ["ip", "-n", name, "route", "add", "local", "10.0.0.0/8", "dev", "lo"], check=True
+        )
+        yield
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=True)

@@ -1,10 +1,21 @@
 """From desired services to entries: which backends serve, and where loopback holds."""
 
+from typing import Any
+
 import pytest
 
 from sockhop.agent.target import expand, serving
 from sockhop.datapath.records import FrontendFlag, FrontendKey
-from sockhop.model import Backend, BackendState, Desired, Frontend, Protocol, Service, pack_address
+from sockhop.model import (
+    Backend,
+    BackendState,
+    Clients,
+    Desired,
+    Frontend,
+    Protocol,
+    Service,
+    pack_address,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -16,6 +27,31 @@ def one(address: str, *backends: Backend) -> dict[FrontendKey, tuple[FrontendFla
     frontend = Frontend(address, 80, Protocol.TCP, backends=backends)
     entries = expand(Desired((Service("web", (frontend,)),)), HOME).entries
     return {key: (entry.flags, entry.backends) for key, entry in entries.items()}
+
+
+ELSEWHERE = {"/run/netns/a": 21, "/run/netns/b": 22}
+
+
+def where(address: str, namespaces: Any, *backends: Backend) -> dict[int, tuple[Backend, ...]]:
+    """Where a service with such `clients` holds, and what it has there; 0 for everywhere."""
+    frontend = Frontend(address, 80, Protocol.TCP, backends=backends)
+    service = Service("web", (frontend,), clients=Clients(namespaces))
+    entries = expand(Desired((service,)), HOME, ELSEWHERE).entries
+    return {
+        key.netns: entry.backends
+        for key, entry in entries.items()
+        if not entry.flags & FrontendFlag.ABSENT
+    }
+
+
+def test_clients_choose_the_namespaces() -> None:
+    assert where("10.0.0.1", None, FAR) == {0: (FAR,)}
+    assert where("10.0.0.1", "all", FAR, NEAR) == {0: (FAR,), HOME: (FAR, NEAR)}
+    assert where("10.0.0.1", "host", FAR, NEAR) == {HOME: (FAR, NEAR)}
+    assert where("127.96.0.1", "all", FAR) == {0: (FAR,)}
+    assert where("127.96.0.1", None, FAR, NEAR) == {HOME: (FAR, NEAR)}
+    two = ("/run/netns/a", "/run/netns/b", "/run/netns/gone")
+    assert where("127.96.0.1", two, FAR, NEAR) == {21: (FAR,), 22: (FAR,)}
 
 
 def key(address: str, netns: int) -> FrontendKey:

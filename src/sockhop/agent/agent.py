@@ -192,6 +192,8 @@ class _Agent:
                 await asyncio.sleep(self._options.settle_every)
                 sockets.settle()
                 self._installer.forget_dead_counts()
+                if self.sync.namespaces.outdated():
+                    self._wake.set()
 
     async def _log_rejections(self) -> None:
         while True:

@@ -1,10 +1,12 @@
 """One synchronisation: sources -> desired -> plan -> map writes -> read-back."""
 
+import gc
 import logging
 import time
 from collections.abc import Callable
 
 from sockhop.agent.installer import Installer
+from sockhop.agent.namespaces import NamespaceFinder
 from sockhop.agent.plan import Plan, make_plan
 from sockhop.agent.state import AgentState
 from sockhop.agent.target import expand
@@ -28,6 +30,7 @@ class Synchronizer:
         self._installer = installer
         self._state = state
         self._home = home
+        self.namespaces = NamespaceFinder()
 
     def run(self) -> bool:
         """Read the sources and apply them. On an error keep the last good state, and say so."""
@@ -53,8 +56,16 @@ class Synchronizer:
 
     def apply(self, loaded: Loaded) -> Plan:
         """Apply what was loaded; raise SockhopError where the kernel does not take it."""
+        gc.disable()  # many objects and no cycle: the collector would take half of the time
+        try:
+            return self._apply(loaded)
+        finally:
+            gc.enable()
+
+    def _apply(self, loaded: Loaded) -> Plan:
         state, installer = self._state, self._installer
-        target = expand(loaded.desired, self._home)
+        cookies = self.namespaces.find(loaded.desired)
+        target = expand(loaded.desired, self._home, cookies)
         plan = make_plan(target, installer.installed)
         lines = list(plan.lines(installer.installed))
         state.generation = installer.apply(plan)

@@ -1,6 +1,7 @@
 """From services to the entries that the hooks will find: what should be installed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from sockhop.datapath.records import FrontendFlag, FrontendKey
@@ -18,6 +19,10 @@ from sockhop.model import (
 )
 
 __all__ = ["Entry", "Member", "Target", "expand", "serving", "split_service_port"]
+
+
+_NOWHERE: Mapping[str, int] = MappingProxyType({})
+_PROTOCOL_NUMBERS = {protocol: protocol.number for protocol in Protocol}
 
 
 class Member(NamedTuple):
@@ -61,6 +66,11 @@ class Target(NamedTuple):
     members: dict[Member, Backend]
 
 
+class _Namespaces(NamedTuple):
+    home: int
+    cookies: Mapping[str, int]
+
+
 def serving(backends: Iterable[Backend], fallback: Iterable[BackendState]) -> tuple[Backend, ...]:
     """Return the backends that new connections may go to.
 
@@ -74,19 +84,20 @@ def serving(backends: Iterable[Backend], fallback: Iterable[BackendState]) -> tu
     return ()
 
 
-def expand(desired: Desired, home: int) -> Target:
+def expand(desired: Desired, home: int, cookies: Mapping[str, int] = _NOWHERE) -> Target:
     """Return what to install for *desired*.
 
-    Loopback is local: a loopback frontend or backend holds only in the network namespace
-    with the cookie *home*.
+    *home* is the cookie of the network namespace where loopback is local, *cookies* has those of
+    the namespaces that services name by path.
     """
+    namespaces = _Namespaces(home, cookies)
     entries: dict[FrontendKey, Entry] = {}
     members: dict[Member, Backend] = {}
     for service, frontend in desired.frontends():
         name = _service_port(service, frontend)
         for backend in frontend.backends:
             members[Member(name, backend.address, backend.port, frontend.protocol)] = backend
-        entries.update(_entries(service, frontend, home))
+        entries.update(_entries(service, frontend, namespaces))
     return Target(entries, members)
 
 
@@ -101,7 +112,7 @@ def _service_port(service: Service, frontend: Frontend) -> str:
 
 
 def _entries(
-    service: Service, frontend: Frontend, home: int
+    service: Service, frontend: Frontend, namespaces: _Namespaces
 ) -> Iterable[tuple[FrontendKey, Entry]]:
     def entry(backends: Iterable[Backend], flags: FrontendFlag) -> Entry:
         return Entry(
@@ -114,14 +125,36 @@ def _entries(
         )
 
     everywhere = FrontendKey(
-        pack_address(frontend.address), 0, frontend.port, frontend.protocol.number
+        pack_address(frontend.address), 0, frontend.port, _PROTOCOL_NUMBERS[frontend.protocol]
     )
-    at_home = everywhere._replace(netns=home)
-    whole = entry(frontend.backends, FrontendFlag(0))
-    if is_loopback(frontend.address):
-        nowhere_else = entry((), FrontendFlag.SCOPED | FrontendFlag.ABSENT)
-        return ((at_home, whole), (everywhere, nowhere_else))
+    where = _where(service, frontend, namespaces)
     remote = [backend for backend in frontend.backends if not is_loopback(backend.address)]
-    if len(remote) == len(frontend.backends):
-        return ((everywhere, whole),)
-    return ((at_home, whole), (everywhere, entry(remote, FrontendFlag.SCOPED)))
+    local = len(remote) < len(frontend.backends)
+    if where is None and not local:
+        return ((everywhere, entry(frontend.backends, FrontendFlag(0))),)
+    # The entry for everywhere sends readers on to that of their own namespace.
+    if where is None:
+        rest, where = entry(remote, FrontendFlag.SCOPED), [namespaces.home]
+    else:
+        rest = entry((), FrontendFlag.SCOPED | FrontendFlag.ABSENT)
+    return (
+        *(
+            (
+                everywhere._replace(netns=cookie),
+                entry(frontend.backends if cookie == namespaces.home else remote, FrontendFlag(0)),
+            )
+            for cookie in where
+        ),
+        (everywhere, rest),
+    )
+
+
+def _where(service: Service, frontend: Frontend, namespaces: _Namespaces) -> list[int] | None:
+    """Return the cookies of the namespaces where a frontend holds; None for everywhere."""
+    chosen = service.clients.namespaces if service.clients else None
+    if chosen == "all" or (chosen is None and not is_loopback(frontend.address)):
+        return None
+    if chosen in (None, "host"):
+        return [namespaces.home]
+    found = (namespaces.cookies.get(path) for path in chosen)
+    return sorted({cookie for cookie in found if cookie is not None})
