@@ -96,5 +96,8 @@ setup(
     cmdclass={"build": Build, "build_bpf": BuildBpf},
     # One wheel for every Python >= 3.11: cffi's extension uses the stable ABI.
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
-    cffi_modules=["src/sockhop/kernel/_libbpf_build.py:ffibuilder"],
+    cffi_modules=[
+        "src/sockhop/kernel/_libbpf_build.py:ffibuilder",
+        "src/sockhop/bench/_loops_build.py:ffibuilder",
+    ],
 )

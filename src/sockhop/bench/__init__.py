@@ -1,0 +1,1 @@
+"""What `sockhop bench` measures: sockhop beside its peers, in namespaces of its own."""
