@@ -9,6 +9,7 @@
 #include "balance_maps.h"
 #include "provenance.h"
 #include "choose.h"
+#include "clients.h"
 #include "datagrams.h"
 
 #define EADDRINUSE 98
@@ -116,7 +117,7 @@ static __always_inline enum verdict balance(struct bpf_sock_addr *ctx, struct fr
 	struct frontend frontend = {};
 
 	/* A balanced socket that goes elsewhere is seen by its peer, which is not its backend. */
-	if (!find_frontend(ctx, key, &frontend))
+	if (!find_frontend(ctx, key, &frontend) || !is_for(ctx, &frontend))
 		return PASS;
 	if (!choose(ctx, &frontend, 0, choice))
 		return counted(&frontend, NO_BACKEND);
@@ -226,7 +227,7 @@ balance_datagram(struct bpf_sock_addr *ctx, struct frontend_key *key, struct cho
 	struct datagram_peers *peers;
 	int attempt;
 
-	if (!find_frontend(ctx, key, &frontend))
+	if (!find_frontend(ctx, key, &frontend) || !is_for(ctx, &frontend))
 		return PASS;
 	peers = bpf_sk_storage_get(&datagrams, ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (peers && same_as_before(peers, cookie, key, &choice->slot))

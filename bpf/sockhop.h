@@ -33,6 +33,8 @@ enum frontend_flag {
 	FRONTEND_SCOPED = 1, /* ask again with the netns cookie; what that finds wins */
 	FRONTEND_ABSENT = 2, /* where the scoped one is not found: not a service */
 	FRONTEND_RESERVED = 4, /* no socket may bind to it */
+	FRONTEND_CLIENTS = 8, /* the map clients says for whom it is */
+	FRONTEND_LISTED_ONLY = 16, /* ... and it is for nobody else */
 };
 
 struct frontend {
@@ -43,6 +45,18 @@ struct frontend {
 	__u8 type;
 	__u8 flags;
 	__u8 pad[2];
+};
+
+/* A cgroup whose sockets, and those below it, a frontend serves or not: the deepest decides. */
+struct client_key {
+	__u64 cgroup; /* id: the inode of its directory */
+	__u32 frontend;
+	__u8 pad[4];
+};
+
+enum client {
+	CLIENT_SERVED = 1,
+	CLIENT_EXCLUDED = 2,
 };
 
 enum algorithm {

@@ -6,6 +6,7 @@ from sockhop.model import (
     Algorithm,
     Backend,
     BackendState,
+    Clients,
     Desired,
     Frontend,
     FrontendType,
@@ -13,8 +14,12 @@ from sockhop.model import (
     Service,
 )
 
-__all__ = ["desired_states"]
+__all__ = ["PLACES", "desired_states"]
 
+PLACES = {"/a": 11, "/b": 12, "/run/netns/a": 21, "/run/netns/b": 22}
+
+_NAMESPACES = st.sampled_from([None, "host", "all", ("/run/netns/a",), ("/run/netns/gone",)])
+_CGROUPS = st.sampled_from([(), ("/a",), ("/a", "/b"), ("/gone",)])
 _FRONTENDS = st.tuples(
     st.sampled_from(["10.0.0.1", "10.0.0.2", "127.96.0.1", "fd00::1", "::1"]),
     st.sampled_from([53, 80]),
@@ -62,4 +67,5 @@ def _service(name: str, frontends: tuple[Frontend, ...]) -> st.SearchStrategy[Se
         st.sampled_from([0, 60]),
         st.sampled_from([(), (BackendState.TERMINATING, BackendState.QUARANTINED)]),
         st.booleans(),
+        st.none() | st.builds(Clients, _NAMESPACES, _CGROUPS, _CGROUPS),
     )

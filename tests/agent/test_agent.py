@@ -6,15 +6,18 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sockhop.kernel import netns
+from sockhop.kernel.cgroups import cgroup_root
 from tests.agent.churn import VIP, Loop, churn, random_state
 from tests.sandbox import Agent, Sandbox, ServerThread, compact, publish, wait_until
 
@@ -266,6 +269,56 @@ def test_a_service_for_one_namespace(sandbox: Sandbox) -> None:
             wait_until(lambda: served(there), "the new namespace to be served")
             assert not served(elsewhere)
             assert not served(sandbox.name)
+
+
+def test_a_service_for_some_cgroups(sandbox: Sandbox) -> None:
+    """The cgroup in which a socket was made decides, the deepest that is named."""
+    inside, inner, other = (sandbox.cgroup / name for name in ("in", "in/not", "other"))
+    root = cgroup_root()
+
+    def service(vip: str, **clients: list[Path]) -> dict[str, Any]:
+        paths = {
+            name: [f"/{c.relative_to(root)}" for c in found] for name, found in clients.items()
+        }
+        return {"frontends": [f"{vip}:80"], "backends": ["10.1.0.1:80"], "clients": paths}
+
+    listed, excluded, later = "10.0.0.11", "10.0.0.12", "10.0.0.13"
+    path = sandbox.manifest(
+        compact(
+            listed=service(listed, cgroups=[inside], exclude=[inner]),
+            excluded=service(excluded, exclude=[inside]),
+            later=service(later, cgroups=[other]),
+        )
+    )
+
+    def served(cgroup: Path, vip: str) -> bool:
+        program = f"import socket; print(socket.socket().connect_ex(('{vip}', 80)))"
+        join = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
+        subprocess.run(
+            ["sh", "-c", join, cgroup, sys.executable, "-Ec", program], check=True, timeout=20
+        )
+        live = json.loads(sandbox.sockhop("get", "services", "-o", "json").stdout)
+        connects = {row["frontend"]: row["connects"] for row in live}[f"{vip}:80/tcp"]
+        before, seen[vip] = seen[vip], connects
+        return bool(connects > before)
+
+    seen = dict.fromkeys((listed, excluded, later), 0)
+    inner.mkdir(parents=True)
+    with sandbox.agent(path, "--settle-every", "1") as agent:
+        try:
+            assert served(inside, listed)
+            assert not served(inner, listed)
+            assert not served(sandbox.cgroup, listed)
+            assert served(sandbox.cgroup, excluded)
+            assert not served(inside, excluded)
+            assert not served(inner, excluded)
+            assert f"{other}: there is no such cgroup" in agent.log.read_text()
+            other.mkdir()
+            wait_until(lambda: served(other, later), "the new cgroup to be served")
+            assert not served(sandbox.cgroup, later)
+        finally:
+            for cgroup in (inner, inside, other):
+                cgroup.rmdir()
 
 
 @contextmanager

@@ -15,12 +15,12 @@ from sockhop.agent.installer import CapacityError, Installer, ReadBackError
 from sockhop.agent.plan import make_plan
 from sockhop.agent.target import Entry, Target, expand
 from sockhop.datapath.balancer import BalanceMaps, Balancer, remove_pins
-from sockhop.datapath.records import BLOCK_ENTRIES, FrontendKey, Setting, SlotKey
+from sockhop.datapath.records import BLOCK_ENTRIES, ClientKey, FrontendKey, Setting, SlotKey
 from sockhop.datapath.shares import table_for
 from sockhop.kernel.bpffs import lock_directory
 from sockhop.kernel.maps import Map
 from sockhop.model import Algorithm, Backend, Desired, Frontend, Protocol, Service
-from tests.agent.strategies import desired_states
+from tests.agent.strategies import PLACES, desired_states
 
 pytestmark = pytest.mark.kernel
 
@@ -48,7 +48,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def become(installer: Installer, desired: Desired) -> Target:
-    target = expand(desired, HOME)
+    target = expand(desired, HOME, PLACES)
     installer.apply(make_plan(target, installer.installed))
     return target
 
@@ -72,6 +72,9 @@ def check(maps: BalanceMaps, target: Target) -> None:
         for i in range(-(-len(table_for(*old.entry.choice)) // BLOCK_ENTRIES))
     }
     assert set(maps.tables.keys()) == blocks
+    clients = {ClientKey(cgroup, old.id) for old in found.entries.values()
+               for cgroup, _ in old.entry.cgroups}  # fmt: skip
+    assert set(maps.clients.keys()) == clients
     used = {old.id for old in found.entries.values()}
     assert len(used) == len(found.entries)
     assert {number for number, value in maps.words.items() if value} <= used
@@ -129,7 +132,7 @@ def test_dying_anywhere(
             become(installer, meant)
     except Died:
         # Readers meet, at every frontend, what was or what was meant.
-        new = expand(meant, HOME)
+        new = expand(meant, HOME, PLACES)
         for key, found in read_installed(maps).entries.items():
             assert found.entry.choice in [
                 state.entries[key].choice for state in (old, new) if key in state.entries

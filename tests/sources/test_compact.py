@@ -145,9 +145,7 @@ def test_reserve(tmp_path: Path) -> None:
 def test_clients(tmp_path: Path, clients: dict[str, Any], found: Clients) -> None:
     loaded = load_text(tmp_path, json.dumps(compact(clients=clients)))
     assert loaded.desired.services[0].clients == found
-    unapplied = [f"clients.{key}" for key in ("cgroups", "exclude") if clients.get(key)]
-    assert len(loaded.warnings) == bool(unapplied)
-    assert all(f": {', '.join(unapplied)} " in warning for warning in loaded.warnings)
+    assert not loaded.warnings
 
 
 def test_clients_that_are_not_limited(tmp_path: Path) -> None:
@@ -391,7 +389,7 @@ def test_everything_unapplied_is_in_one_warning(tmp_path: Path) -> None:
     }
     (warning,) = load_text(tmp_path, json.dumps(compact(**fields))).warnings
     assert warning.endswith(
-        "service web: intent, splice, health, clients.cgroups, clients.exclude are checked "
+        "service web: intent, splice, health are checked "
         "but not applied by this version"
     )
 

@@ -192,7 +192,7 @@ class _Agent:
                 await asyncio.sleep(self._options.settle_every)
                 sockets.settle()
                 self._installer.forget_dead_counts()
-                if self.sync.namespaces.outdated():
+                if self.sync.places.outdated():
                     self._wake.set()
 
     async def _log_rejections(self) -> None:

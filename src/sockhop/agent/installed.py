@@ -4,12 +4,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from sockhop.agent.plan import Installed, InstalledEntry, InstalledMember
-from sockhop.agent.target import Entry, Member
+from sockhop.agent.target import Cgroups, Entry, Member
 from sockhop.datapath.balancer import BalanceMaps
 from sockhop.datapath.records import (
     BLOCK_ENTRIES,
     FRONTEND_TYPES,
     STATES,
+    Client,
     FrontendFlag,
     FrontendRecord,
     SlotKey,
@@ -49,6 +50,9 @@ def read_installed(maps: BalanceMaps) -> Installed:
         slots[key.frontend, key.generation].append((key, slot))
     blocks = Counter((key.frontend, key.generation) for key in maps.tables.keys())
     words = dict(maps.words.items())
+    cgroups: defaultdict[int, list[tuple[int, Client]]] = defaultdict(list)
+    for client, said in maps.clients.items():
+        cgroups[client.frontend].append((client.cgroup, Client(said)))
     entries = {}
     for frontend, label in maps.frontends.items():
         word = words[label.id]
@@ -56,7 +60,8 @@ def read_installed(maps: BalanceMaps) -> Installed:
         found = sorted(slots.get(here, ()))
         sound = _is_sound(word, found, blocks[here], known)
         name = names.get(label.service, "") if sound else ""
-        entries[frontend] = _entry(label, name, word, [slot for _, slot in found])
+        identity = name, tuple(sorted(cgroups[label.id]))
+        entries[frontend] = _entry(label, identity, word, [slot for _, slot in found])
     return Installed(entries, members, {name: number for number, name in names.items()})
 
 
@@ -93,10 +98,10 @@ def _text(name: bytes) -> str:
 
 
 def _entry(
-    record: FrontendRecord, service: str, word: int, slots: list[SlotRecord]
+    record: FrontendRecord, identity: tuple[str, Cgroups], word: int, slots: list[SlotRecord]
 ) -> InstalledEntry:
     entry = Entry(
-        service,
+        *identity,
         FRONTEND_TYPES[record.type],
         FrontendFlag(record.flags),
         record.affinity,

@@ -15,6 +15,7 @@ from sockhop.datapath.records import (
     BLOCK_ENTRIES,
     FRONTEND_TYPES,
     STATES,
+    ClientKey,
     Counters,
     FrontendKey,
     Setting,
@@ -59,6 +60,7 @@ def check_capacity(plan: Plan, have: Installed, maps: BalanceMaps) -> None:
         (maps.tables, sum(_blocks(entry) for entry in entries + changed)),
         (maps.backends, len(have.members.keys() | plan.members.keys())),
         (maps.services, len(have.services) + len(names)),
+        (maps.clients, sum(len(e.cgroups) for e in [*entries, *plan.added.values()])),
     )
     for target, need in needs:
         if need > target.max_entries:
@@ -89,6 +91,9 @@ class Installer:
         self.installed = read_installed(self._maps)
         used = {old.id for old in self.installed.entries.values()}
         self._free = [i for i in range(self._maps.words.max_entries - 1, -1, -1) if i not in used]
+        self._maps.clients.delete_many(
+            key for key in self._maps.clients.keys() if key.frontend not in used
+        )
         orphans = [i for i, value in self._maps.words.items() if value and i not in used]
         self._maps.words.update_many((number, 0) for number in orphans)
         current = {(old.id, old.generation) for old in self.installed.entries.values()}
@@ -198,6 +203,14 @@ class Installer:
             if new.entry.algorithm is Algorithm.LEAST_CONNECTIONS:
                 self._make_loads(key, new.entry)
         maps.counters.update_many((changed[key].id, Counters(0, 0)) for key in plan.added)
+        self._write(
+            maps.clients,
+            (
+                (maps.clients.key.pack(cgroup, changed[key].id), maps.clients.value.pack(said))
+                for key, entry in plan.added.items()
+                for cgroup, said in entry.cgroups
+            ),
+        )
         number, word = maps.words.key.pack, maps.words.value.pack
         self._write(maps.words, ((number(new.id), word(_word_of(new))) for new in changed.values()))
         entries.update(changed)
@@ -217,6 +230,7 @@ class Installer:
             ):
                 chunks.delete_many(SlotKey(entry.id, entry.generation, i) for i in range(n))
             if entry.id not in kept:
+                maps.clients.delete_many(ClientKey(c, entry.id) for c, _ in entry.entry.cgroups)
                 maps.words.set(entry.id, 0)
                 self._free.append(entry.id)
 

@@ -36,9 +36,9 @@ class Installed(NamedTuple):
 class Plan(NamedTuple):
     """What makes the installed state the target.
 
-    added: entries that are not there, or belong to another service; flipped: entries with other
-    backends or another algorithm; relabelled: entries with another scope, type or affinity;
-    removed: entries to take away.
+    added: entries that are not there, or are of another service or for other cgroups; flipped:
+    entries with other backends or another algorithm; relabelled: entries with another scope, type
+    or affinity; removed: entries to take away.
     members, gone: backends to write (new, or with another weight or state) and to take away.
     """
 
@@ -88,7 +88,7 @@ def make_plan(target: Target, installed: Installed) -> Plan:
     )
     for key, entry in target.entries.items():
         found = installed.entries.get(key)
-        if found is None or found.entry.service != entry.service:
+        if found is None or found.entry.identity != entry.identity:
             plan.added[key] = entry
             continue
         if found.entry.choice != entry.choice:

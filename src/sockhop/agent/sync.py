@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from sockhop.agent.installer import Installer
-from sockhop.agent.namespaces import NamespaceFinder
+from sockhop.agent.places import PlaceFinder
 from sockhop.agent.plan import Plan, make_plan
 from sockhop.agent.state import AgentState
 from sockhop.agent.target import expand
@@ -30,7 +30,7 @@ class Synchronizer:
         self._installer = installer
         self._state = state
         self._home = home
-        self.namespaces = NamespaceFinder()
+        self.places = PlaceFinder()
 
     def run(self) -> bool:
         """Read the sources and apply them. On an error keep the last good state, and say so."""
@@ -64,8 +64,7 @@ class Synchronizer:
 
     def _apply(self, loaded: Loaded) -> Plan:
         state, installer = self._state, self._installer
-        cookies = self.namespaces.find(loaded.desired)
-        target = expand(loaded.desired, self._home, cookies)
+        target = expand(loaded.desired, self._home, self.places.find(loaded.desired))
         plan = make_plan(target, installer.installed)
         lines = list(plan.lines(installer.installed))
         state.generation = installer.apply(plan)

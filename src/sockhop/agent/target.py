@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from sockhop.datapath.records import FrontendFlag, FrontendKey
+from sockhop.datapath.records import Client, FrontendFlag, FrontendKey
 from sockhop.model import (
     Algorithm,
     Backend,
@@ -18,11 +18,14 @@ from sockhop.model import (
     pack_address,
 )
 
-__all__ = ["Entry", "Member", "Target", "expand", "serving", "split_service_port"]
+__all__ = ["Cgroups", "Entry", "Member", "Target", "expand", "serving", "split_service_port"]
 
 
 _NOWHERE: Mapping[str, int] = MappingProxyType({})
 _PROTOCOL_NUMBERS = {protocol: protocol.number for protocol in Protocol}
+
+
+Cgroups = tuple[tuple[int, Client], ...]
 
 
 class Member(NamedTuple):
@@ -38,10 +41,11 @@ class Entry(NamedTuple):
     """What the hooks should find at one frontend key; `backends` are those that serve.
 
     `service` is the service port, `namespace/name:port` as kube-proxy writes it; `affinity` in
-    seconds.
+    seconds; `cgroups` says by cgroup id who is served, see :class:`Client`.
     """
 
     service: str
+    cgroups: Cgroups
     type: FrontendType
     flags: FrontendFlag
     affinity: int
@@ -49,14 +53,19 @@ class Entry(NamedTuple):
     backends: tuple[Backend, ...]
 
     @property
-    def label(self) -> tuple[str, FrontendType, FrontendFlag, int]:
-        """All that stands in the frontend's own map entry."""
-        return self[:4]
+    def label(self) -> tuple[FrontendType, FrontendFlag, int]:
+        """All that can change in the frontend's own map entry."""
+        return self[2:5]
+
+    @property
+    def identity(self) -> tuple[str, Cgroups]:
+        """What makes it another entry, with another id."""
+        return self[:2]
 
     @property
     def choice(self) -> tuple[Algorithm, tuple[Backend, ...]]:
         """All that a generation holds."""
-        return self[4:]
+        return self[5:]
 
 
 class Target(NamedTuple):
@@ -68,7 +77,7 @@ class Target(NamedTuple):
 
 class _Namespaces(NamedTuple):
     home: int
-    cookies: Mapping[str, int]
+    places: Mapping[str, int]
 
 
 def serving(backends: Iterable[Backend], fallback: Iterable[BackendState]) -> tuple[Backend, ...]:
@@ -84,13 +93,13 @@ def serving(backends: Iterable[Backend], fallback: Iterable[BackendState]) -> tu
     return ()
 
 
-def expand(desired: Desired, home: int, cookies: Mapping[str, int] = _NOWHERE) -> Target:
+def expand(desired: Desired, home: int, places: Mapping[str, int] = _NOWHERE) -> Target:
     """Return what to install for *desired*.
 
-    *home* is the cookie of the network namespace where loopback is local, *cookies* has those of
-    the namespaces that services name by path.
+    *home* is the cookie of the network namespace where loopback is local; *places* has the cookies
+    of the namespaces and the ids of the cgroups that services name by path.
     """
-    namespaces = _Namespaces(home, cookies)
+    namespaces = _Namespaces(home, places)
     entries: dict[FrontendKey, Entry] = {}
     members: dict[Member, Backend] = {}
     for service, frontend in desired.frontends():
@@ -114,11 +123,20 @@ def _service_port(service: Service, frontend: Frontend) -> str:
 def _entries(
     service: Service, frontend: Frontend, namespaces: _Namespaces
 ) -> Iterable[tuple[FrontendKey, Entry]]:
+    cgroups = _cgroups(service, namespaces.places)
+    if service.clients and service.clients.cgroups:
+        always = FrontendFlag.CLIENTS | FrontendFlag.LISTED_ONLY
+    else:
+        always = FrontendFlag.CLIENTS if cgroups else FrontendFlag(0)
+    if service.reserve:
+        always |= FrontendFlag.RESERVED
+
     def entry(backends: Iterable[Backend], flags: FrontendFlag) -> Entry:
         return Entry(
             _service_port(service, frontend),
+            cgroups,
             frontend.type,
-            flags | (FrontendFlag.RESERVED if service.reserve else FrontendFlag(0)),
+            flags | always,
             service.affinity_seconds,
             service.algorithm,
             serving(backends, service.fallback),
@@ -149,6 +167,14 @@ def _entries(
     )
 
 
+def _cgroups(service: Service, places: Mapping[str, int]) -> Cgroups:
+    if service.clients is None:
+        return ()
+    said = dict.fromkeys(service.clients.cgroups, Client.SERVED)
+    said |= dict.fromkeys(service.clients.exclude, Client.EXCLUDED)
+    return tuple(sorted((places[path], client) for path, client in said.items() if path in places))
+
+
 def _where(service: Service, frontend: Frontend, namespaces: _Namespaces) -> list[int] | None:
     """Return the cookies of the namespaces where a frontend holds; None for everywhere."""
     chosen = service.clients.namespaces if service.clients else None
@@ -156,5 +182,5 @@ def _where(service: Service, frontend: Frontend, namespaces: _Namespaces) -> lis
         return None
     if chosen in (None, "host"):
         return [namespaces.home]
-    found = (namespaces.cookies.get(path) for path in chosen)
+    found = (namespaces.places.get(path) for path in chosen)
     return sorted({cookie for cookie in found if cookie is not None})

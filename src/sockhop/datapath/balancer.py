@@ -8,6 +8,7 @@ from typing import Any
 from sockhop.datapath.records import (
     ABI,
     BackendRecord,
+    ClientKey,
     Counters,
     FrontendKey,
     FrontendRecord,
@@ -63,6 +64,7 @@ SIZED_MAPS = {
     "tables": (),
     "backends": ("loads",),
     "services": (),
+    "clients": (),
     "live": (),
     "affinities": (),
     "datagram_overflow": (),
@@ -100,6 +102,7 @@ class BalanceMaps:
             self.frontends = self._open(
                 "frontends", self.frontend_key, layouts.codec(FrontendRecord, "frontend")
             )
+            self.clients = self._open("clients", layouts.codec(ClientKey, "client_key"), U32)
             self.words = self._open("words", U32, U64)
             self.slots = self._open("slots", self.slot_key, layouts.codec(SlotRecord, "slot"))
             self.tables = self._open(

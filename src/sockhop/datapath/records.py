@@ -14,6 +14,8 @@ __all__ = [
     "REASONS",
     "STATES",
     "BackendRecord",
+    "Client",
+    "ClientKey",
     "Counters",
     "FrontendFlag",
     "FrontendKey",
@@ -75,6 +77,8 @@ class FrontendFlag(IntFlag):
     SCOPED = 1
     ABSENT = 2
     RESERVED = 4
+    CLIENTS = 8
+    LISTED_ONLY = 16
 
 
 class FrontendKey(NamedTuple):
@@ -95,6 +99,20 @@ class FrontendRecord(NamedTuple):
     affinity: int
     type: int
     flags: int
+
+
+class ClientKey(NamedTuple):
+    """A cgroup, by its id, that a frontend serves or not."""
+
+    cgroup: int
+    frontend: int
+
+
+class Client(IntEnum):
+    """Values of the map `clients`."""
+
+    SERVED = 1
+    EXCLUDED = 2
 
 
 class SlotKey(NamedTuple):

@@ -12,7 +12,7 @@ from sockhop.kernel._libbpf import ffi, lib
 from sockhop.kernel.mounts import filesystem_type, mounts
 from sockhop.kernel.syscall import KernelError
 
-__all__ = ["AttachType", "attached_programs", "cgroup_root", "open_cgroup"]
+__all__ = ["AttachType", "attached_programs", "cgroup_id", "cgroup_root", "open_cgroup"]
 
 
 class AttachType(IntEnum):
@@ -49,13 +49,19 @@ def cgroup_root() -> Path:
     return found[0]
 
 
-@contextmanager
-def open_cgroup(path: Path) -> Iterator[int]:
-    """Yield a descriptor of the cgroup directory *path*, which must be cgroup2."""
+def cgroup_id(path: Path) -> int:
+    """Return the id of the cgroup directory *path*: its inode (fs/kernfs, 64 bits)."""
     if not path.is_dir():
         raise InputError(
             f"{path}: there is no such cgroup", hint=f"the hierarchy is at {cgroup_root()}"
         )
+    return path.stat().st_ino
+
+
+@contextmanager
+def open_cgroup(path: Path) -> Iterator[int]:
+    """Yield a descriptor of the cgroup directory *path*, which must be cgroup2."""
+    cgroup_id(path)
     kind = filesystem_type(path)
     if kind != "cgroup2":
         raise SystemLackError(

@@ -364,8 +364,6 @@ def _ignored(form: ServiceForm, frontends: tuple[Frontend, ...]) -> Iterator[str
         if form.backends and not frontend.backends:
             yield f"frontend {frontend} has no backend: IPv6 ones cannot serve an IPv4 frontend"
     keys = [key for key in _UNAPPLIED if getattr(form, key) not in (UNSET, "off", False)]
-    if form.clients is not UNSET:
-        keys += [f"clients.{key}" for key in ("cgroups", "exclude") if getattr(form.clients, key)]
     if keys:
         verb = "is" if len(keys) == 1 else "are"
         yield f"{', '.join(keys)} {verb} checked but not applied by this version"

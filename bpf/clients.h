@@ -1,0 +1,41 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/* For whom a frontend is: by the cgroup in which the socket was made, never the current task's. */
+#ifndef SOCKHOP_CLIENTS_H
+#define SOCKHOP_CLIENTS_H
+
+#define DEEPEST 32
+
+/* Linux kernel commit a35b9af4ec2c ("bpf: Add a kfunc for generic type cast") (in v6.2). */
+extern void *bpf_rdonly_cast(const void *obj, __u32 btf_id) __ksym __weak;
+
+static __always_inline __u32 listed(__u32 frontend, __u64 cgroup)
+{
+	struct client_key key = { .cgroup = cgroup, .frontend = frontend };
+	__u32 *found = bpf_map_lookup_elem(&clients, &key);
+
+	return found ? READ_ONCE(*found) : 0;
+}
+
+static __always_inline bool is_for(struct bpf_sock_addr *ctx, const struct frontend *frontend)
+{
+	struct cgroup *cgroup, *ancestor;
+	__u32 said = 0;
+	int level, depth;
+
+	if (!(frontend->flags & FRONTEND_CLIENTS))
+		return true;
+	/* Without the cast nothing is known of the socket's cgroup: serve nobody who must be listed. */
+	if (!bpf_rdonly_cast)
+		return !(frontend->flags & FRONTEND_LISTED_ONLY);
+	cgroup = BPF_CORE_READ(
+		(struct sock *)bpf_rdonly_cast(ctx->sk, bpf_core_type_id_kernel(struct sock)),
+		sk_cgrp_data.cgroup);
+	level = BPF_CORE_READ(cgroup, level);
+	for (depth = 0; depth < DEEPEST && !said && level - depth >= 0; depth++) {
+		ancestor = BPF_CORE_READ(cgroup, ancestors[level - depth]);
+		said = listed(frontend->id, BPF_CORE_READ(ancestor, kn, id));
+	}
+	return said ? said == CLIENT_SERVED : !(frontend->flags & FRONTEND_LISTED_ONLY);
+}
+
+#endif /* SOCKHOP_CLIENTS_H */
