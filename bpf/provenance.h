@@ -24,20 +24,13 @@ static __always_inline void add(__u64 *value, __s64 n)
 	__atomic_fetch_add(value, n, __ATOMIC_RELAXED);
 }
 
-/* Two programs may uncount a socket at once, a hook and the iterator that reconciles: who takes
- * the bits subtracts. Needs Linux kernel commit 5ffa25502b5a ("bpf: Add instructions for atomic_
- * [cmp]xchg") (in v5.12); without it nothing reconciles, and only the hooks uncount.
+/* Two programs may uncount a socket at once, a hook and the iterator that reconciles: who takes the
+ * bits subtracts. Linux kernel commit 5ffa25502b5a ("bpf: Add instructions for atomic_[cmp]xchg")
+ * (in v5.12).
  */
 static __always_inline __u32 take(__u32 *counted)
 {
-#ifdef SOCKHOP_NO_XCHG
-	__u32 bits = *counted;
-
-	*counted = 0;
-	return bits;
-#else
 	return __sync_lock_test_and_set(counted, 0);
-#endif
 }
 
 static __always_inline void uncount_key(const struct live_key *key, __u32 bits)
