@@ -171,7 +171,9 @@ def test_get_sockets_without_any(node: Node) -> None:
 def test_get_services_counts_what_clients_did(node: Node) -> None:
     def counts() -> dict[str, tuple[int, int]]:
         rows = [
-            r for r in sockhop(node, "get", "services") if r["netns"] in (0, bpftool.netns_cookie())
+            r
+            for r in sockhop(node, "get", "services")
+            if r["netns_cookie"] in (0, bpftool.netns_cookie())
         ]
         found: dict[str, tuple[int, int]] = {}
         for row in rows:
@@ -199,7 +201,7 @@ def test_get_services_counts_what_clients_did(node: Node) -> None:
 def test_get_services_names_each_frontend(node: Node) -> None:
     rows = sockhop(node, "get", "services")
     home, everywhere = bpftool.netns_cookie(), 0
-    assert [(r["service"], r["frontend"], r["netns"], r["backends"]) for r in rows] == [
+    assert [(r["service"], r["frontend"], r["netns_cookie"], r["backends"]) for r in rows] == [
         ("dns", f"{WEB}:53/udp", everywhere, 0),
         ("dns", f"{WEB}:53/udp", home, 1),
         ("dns", f"[{WEB6}]:53/udp", everywhere, 0),

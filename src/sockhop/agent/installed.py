@@ -1,7 +1,7 @@
 """Reads back what the pinned maps hold: what the hooks would do, not what anybody meant."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from sockhop.agent.plan import Installed, InstalledEntry, InstalledMember
 from sockhop.agent.target import Cgroups, Entry, Member
@@ -21,19 +21,19 @@ from sockhop.datapath.records import (
 )
 from sockhop.model import Algorithm, Backend, Protocol, unpack_address
 
-__all__ = ["map_usage", "read_installed"]
+__all__ = ["map_usage", "read_installed", "read_members", "read_services"]
 
 _PROTOCOLS = {protocol.number: protocol for protocol in Protocol}
 
 
-def read_installed(maps: BalanceMaps) -> Installed:
-    """Return all that the maps hold.
+def read_services(maps: BalanceMaps) -> dict[int, str]:
+    """Return the names of the service ports by their ids."""
+    return {number: _text(record.name) for number, record in maps.services.items()}
 
-    An entry that is damaged (a slot or a table's block is missing, or names a backend that is not
-    there) belongs to no service, so that a plan makes it anew.
-    """
-    names = {number: _text(record.name) for number, record in maps.services.items()}
-    members, known = {}, set()
+
+def read_members(maps: BalanceMaps, names: Mapping[int, str]) -> dict[Member, InstalledMember]:
+    """Return the backends of the services in *names*."""
+    members = {}
     for number, record in maps.backends.items():
         if record.service in names:
             member = Member(
@@ -44,18 +44,30 @@ def read_installed(maps: BalanceMaps) -> Installed:
             )
             backend = Backend(*member[1:3], STATES[record.state], record.weight)
             members[member] = InstalledMember(backend, number)
-            known.add(number)
+    return members
+
+
+def read_installed(maps: BalanceMaps) -> Installed:
+    """Return all that the maps hold.
+
+    An entry that is damaged (a slot or a table's block is missing, or names a backend that is not
+    there) belongs to no service, so that a plan makes it anew.
+    """
+    names = read_services(maps)
+    members = read_members(maps, names)
+    known = {member.id for member in members.values()}
     slots: defaultdict[tuple[int, int], list[tuple[SlotKey, SlotRecord]]] = defaultdict(list)
     for key, slot in maps.slots.items():
         slots[key.frontend, key.generation].append((key, slot))
     blocks = Counter((key.frontend, key.generation) for key in maps.tables.keys())
-    words = dict(maps.words.items())
     cgroups: defaultdict[int, list[tuple[int, Client]]] = defaultdict(list)
     for client, said in maps.clients.items():
         cgroups[client.frontend].append((client.cgroup, Client(said)))
+    frontends = maps.frontends.items()
+    words = maps.words.get_many(label.id for _, label in frontends)
     entries = {}
-    for frontend, label in maps.frontends.items():
-        word = words[label.id]
+    for frontend, label in frontends:
+        word = words.get(label.id, 0)
         here = (label.id, word_generation(word))
         found = sorted(slots.get(here, ()))
         sound = _is_sound(word, found, blocks[here], known)

@@ -1,44 +1,55 @@
 """What is installed and live, as rows for people and programs. Works without an agent."""
 
-import os
 import time
 from collections import defaultdict
 from pathlib import Path
 
 import msgspec
 
-from sockhop.agent.installed import read_installed
+from sockhop.agent.installed import read_installed, read_members, read_services
 from sockhop.agent.target import split_service_port
 from sockhop.datapath.balancer import BalanceMaps
-from sockhop.datapath.records import REASONS
+from sockhop.datapath.records import REASONS, FrontendFlag, FrontendKey
 from sockhop.datapath.sockets import BalancedSocket, Sockets
+from sockhop.kernel.netns import current_cookie, inode
+from sockhop.kernel.procfs import Holder, find_holders
 from sockhop.model import Frontend, Protocol, endpoint, unpack_address
 
 __all__ = [
+    "NOWHERE_ELSE",
     "BackendRow",
     "ServiceRow",
     "SocketRow",
     "list_backends",
     "list_services",
     "list_sockets",
+    "scope_of",
 ]
 
 _PROTOCOLS = {protocol.number: protocol for protocol in Protocol}
 
+NOWHERE_ELSE = "nowhere else"
+"""The scope of an entry that is no frontend: it says that others are looked up by namespace."""
+
 
 class ServiceRow(msgspec.Struct):
-    """A frontend of a service. `netns`: cookie of the one namespace where it holds, else 0."""
+    """A frontend of a service.
+
+    `scope`: the network namespaces where it holds, see :func:`scope_of`; `netns_cookie`: of the
+    one namespace where it holds, else 0.
+    """
 
     service: str
     port_name: str
     frontend: str
+    scope: str
     type: str
     algorithm: str
     affinity_seconds: int
     backends: int
     connects: int
     no_backend: int
-    netns: int
+    netns_cookie: int
     generation: int
     id: int
 
@@ -76,26 +87,43 @@ class SocketRow(msgspec.Struct):
 
 def list_services(maps: BalanceMaps) -> list[ServiceRow]:
     """Return the frontends that are installed, by service."""
-    rows = []
-    for key, old in read_installed(maps).entries.items():
-        counters = maps.counters.get(old.id)
+    rows, own_cookie = [], current_cookie()
+    entries = read_installed(maps).entries
+    all_counters = maps.counters.get_many(old.id for old in entries.values())
+    for key, old in entries.items():
+        counters = all_counters.get(old.id)
         frontend = Frontend(unpack_address(key.address), key.port, _PROTOCOLS[key.protocol])
         rows.append(
             ServiceRow(
                 *split_service_port(old.entry.service),
                 frontend=str(frontend),
+                scope=scope_of(key, old.entry.flags, own_cookie),
                 type=old.entry.type,
                 algorithm=old.entry.algorithm,
                 affinity_seconds=old.entry.affinity,
                 backends=len(old.entry.backends),
                 connects=counters.connects if counters else 0,
                 no_backend=counters.no_backend if counters else 0,
-                netns=key.netns,
+                netns_cookie=key.netns,
                 generation=old.generation,
                 id=old.id,
             )
         )
-    return sorted(rows, key=lambda row: (row.service, row.frontend, row.netns))
+    return sorted(rows, key=lambda row: (row.service, row.frontend, row.netns_cookie))
+
+
+def scope_of(key: FrontendKey, flags: FrontendFlag, own_cookie: int) -> str:
+    """Return where a frontend holds: everywhere, in one network namespace, or in all others.
+
+    A namespace is named by its inode if it is this thread's, whose cookie is *own_cookie*, else
+    by its cookie, from which the kernel leads to no name.
+    """
+    if key.netns:
+        own = key.netns == own_cookie
+        return f"netns {inode()}" if own else f"netns-cookie {key.netns}"
+    if FrontendFlag.ABSENT in flags:
+        return NOWHERE_ELSE
+    return "elsewhere" if FrontendFlag.SCOPED in flags else "everywhere"
 
 
 def list_backends(maps: BalanceMaps) -> list[BackendRow]:
@@ -113,7 +141,7 @@ def list_backends(maps: BalanceMaps) -> list[BackendRow]:
             live=live[old.id],
             id=old.id,
         )
-        for member, old in read_installed(maps).members.items()
+        for member, old in read_members(maps, read_services(maps)).items()
     ]
     return sorted(rows, key=lambda row: (row.service, row.backend, row.protocol))
 
@@ -122,14 +150,14 @@ def list_sockets(maps: BalanceMaps, pins: Path) -> list[SocketRow]:
     """Return the balanced sockets of all network namespaces, the youngest last."""
     with Sockets(pins) as programs:
         sockets = programs.balanced()
-    names = {number: name for name, number in read_installed(maps).services.items()}
-    owners = _owners({found.socket.inode for found in sockets} - {0})
+    names = read_services(maps)
+    owners = find_holders({found.socket.inode for found in sockets} - {0})
     rows = [_socket_row(found, names, owners) for found in sockets]
     return sorted(rows, key=lambda row: -row.age)
 
 
 def _socket_row(
-    found: BalancedSocket, services: dict[int, str], owners: dict[int, list[str]]
+    found: BalancedSocket, services: dict[int, str], owners: dict[int, list[Holder]]
 ) -> SocketRow:
     origin, socket = found
     return SocketRow(
@@ -141,26 +169,9 @@ def _socket_row(
         service=split_service_port(services.get(origin.service, ""))[0],
         reason=REASONS[origin.reason],
         age=(time.clock_gettime_ns(time.CLOCK_BOOTTIME) - origin.since) / 1e9,
-        processes=owners.get(socket.inode, []),
+        processes=sorted({str(owner) for owner in owners.get(socket.inode, [])}),
         cookie=socket.cookie,
         netns=socket.netns_inode,
         generation=origin.generation,
         backend_id=origin.backend,
     )
-
-
-def _owners(inodes: set[int]) -> dict[int, list[str]]:
-    """Find who holds each socket inode, as `command/pid` (proc_pid_fd(5))."""
-    found: defaultdict[int, list[str]] = defaultdict(list)
-    for process in Path("/proc").iterdir() if inodes else ():
-        if not process.name.isdecimal():
-            continue
-        try:
-            held = {os.readlink(entry.path) for entry in os.scandir(process / "fd")}
-            command = (process / "comm").read_text().strip()
-        except OSError:
-            continue
-        for target in held:
-            if target.startswith("socket:[") and int(target[8:-1]) in inodes:
-                found[int(target[8:-1])].append(f"{command}/{process.name}")
-    return found

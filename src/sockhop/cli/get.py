@@ -1,9 +1,17 @@
 """`sockhop get services|backends|sockets`."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
 import click
 
-from sockhop.cli.options import bpffs_path, global_options, output_option
+from sockhop.cli.options import bpffs_path, global_options, output_option, parse_duration
 from sockhop.cli.output import Column, age, print_rows
+
+if TYPE_CHECKING:
+    from sockhop.agent.inventory import BackendRow, ServiceRow, SocketRow
+
+    Rows: TypeAlias = Sequence[ServiceRow | BackendRow | SocketRow]
 
 __all__ = ["command"]
 
@@ -12,13 +20,14 @@ _COLUMNS = {
         Column("SERVICE", "service"),
         Column("PORT", "port_name", wide=True),
         Column("FRONTEND", "frontend"),
+        Column("SCOPE", "scope"),
         Column("TYPE", "type"),
         Column("BACKENDS", "backends"),
         Column("ALGORITHM", "algorithm", wide=True),
         Column("AFFINITY", "affinity_seconds", wide=True),
         Column("CONNECTS", "connects"),
         Column("REJECTED", "no_backend"),
-        Column("NETNS", "netns", wide=True),
+        Column("NETNS-COOKIE", "netns_cookie", wide=True),
         Column("GENERATION", "generation", wide=True),
         Column("ID", "id", wide=True),
     ),
@@ -39,7 +48,7 @@ _COLUMNS = {
         Column("FRONTEND", "frontend"),
         Column("BACKEND", "backend"),
         Column("SERVICE", "service"),
-        Column("AGE", "age"),
+        Column("AGE", "age", text=age),
         Column("PROCESS", "processes"),
         Column("CHOSEN BY", "reason", wide=True),
         Column("COOKIE", "cookie", wide=True),
@@ -48,19 +57,51 @@ _COLUMNS = {
         Column("BACKEND-ID", "backend_id", wide=True),
     ),
 }
+_IDENTITY = {
+    "services": ("frontend", "netns_cookie"),
+    "backends": ("id",),
+    "sockets": ("cookie",),
+}
+"""What makes a row the same one a moment later."""
 
 
 @click.command(epilog="Example: sockhop get sockets -o wide")
 @click.argument("what", type=click.Choice(list(_COLUMNS)))
 @output_option
+@click.option("-w", "--watch", is_flag=True, help="Go on showing what changes, until Ctrl-C.")
+@click.option(
+    "--interval",
+    callback=parse_duration,
+    default="2s",
+    show_default=True,
+    metavar="DURATION",
+    help="How often --watch looks.",
+)
+@click.option(
+    "--count", type=click.IntRange(1), metavar="N", help="End --watch after so many looks."
+)
 @global_options
-def command(what: str, output: str) -> None:
+def command(what: str, output: str, watch: bool, interval: float, count: int | None) -> int:
     """List services, backends or balanced sockets, as the kernel has them now.
 
-    Works without a running agent. In `get services`, a frontend with a NETNS (a cookie) holds
-    in that network namespace only.
+    Works without a running agent. SCOPE says in which network namespaces a frontend holds.
+    --watch keeps the table current on a terminal; elsewhere it appends a line for each row that
+    comes, changes or goes, with -o json a JSON object.
     """
+    if watch:
+        from sockhop.cli.get_watch import Watch  # noqa: PLC0415
+
+        view = Watch(lambda: _read(what, output), _COLUMNS[what], _IDENTITY[what], output)
+        return view.run(interval, count)
+    if count is not None:
+        raise click.UsageError("--count is for --watch")
+    print_rows(_read(what, output), _COLUMNS[what], output)
+    return 0
+
+
+def _read(what: str, output: str) -> "Rows":
     from sockhop.agent.inventory import (  # noqa: PLC0415 (slow to import)
+        NOWHERE_ELSE,
         list_backends,
         list_services,
         list_sockets,
@@ -68,13 +109,9 @@ def command(what: str, output: str) -> None:
     from sockhop.datapath.balancer import BalanceMaps  # noqa: PLC0415
 
     with BalanceMaps(bpffs_path()) as maps:
-        if what == "services":
-            print_rows(list_services(maps), _COLUMNS[what], output)
-        elif what == "backends":
-            print_rows(list_backends(maps), _COLUMNS[what], output)
-        else:
-            rows = list_sockets(maps, bpffs_path())
-            if output in ("table", "wide"):
-                for row in rows:
-                    row.age = age(row.age)  # type: ignore[assignment]
-            print_rows(rows, _COLUMNS[what], output)
+        if what == "backends":
+            return list_backends(maps)
+        if what == "sockets":
+            return list_sockets(maps, bpffs_path())
+        rows = list_services(maps)
+        return [row for row in rows if output != "table" or row.scope != NOWHERE_ELSE]

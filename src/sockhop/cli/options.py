@@ -1,5 +1,6 @@
 """Options that every command takes, before or after its name, each with an environment variable."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,12 +15,14 @@ __all__ = [
     "global_options",
     "manifests_option",
     "output_option",
+    "parse_duration",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _DEFAULTS = {"bpffs": Path("/sys/fs/bpf/sockhop"), "api": Path("/run/sockhop/api.sock")}
 _META = "sockhop.options"
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 
 
 def _keep(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> None:
@@ -72,6 +75,14 @@ def cgroup_path() -> Path:
     from sockhop.kernel.cgroups import cgroup_root  # noqa: PLC0415 (needs the extension)
 
     return _chosen("cgroup") or cgroup_root()
+
+
+def parse_duration(ctx: click.Context, parameter: click.Parameter, value: str) -> float:
+    """Return the seconds of 500ms, 2s, 1m; a callback of click."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|)", value)
+    if found is None or not float(found[1]):
+        raise click.BadParameter(f"{value!r} is no duration such as 500ms, 2s or 1m")
+    return float(found[1]) * _SECONDS[found[2]]
 
 
 output_option = click.option(

@@ -1,20 +1,34 @@
 """Prints rows as an aligned table, JSON or YAML."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import click
 import msgspec
 
-__all__ = ["Column", "age", "print_rows", "print_value", "table"]
+__all__ = [
+    "Column",
+    "age",
+    "cells",
+    "counted",
+    "print_rows",
+    "print_value",
+    "shown",
+    "table",
+    "widths",
+]
 
 
 class Column(NamedTuple):
-    """A column of a table: its title, the attribute of the row that it shows, if only in wide."""
+    """A column of a table: its title, the attribute of the row that it shows, if only in wide.
+
+    `text` makes a cell of the attribute's value, where str() does not do.
+    """
 
     title: str
     attribute: str
     wide: bool = False
+    text: Callable[[Any], str] | None = None
 
 
 def print_rows(rows: Sequence[Any], columns: Sequence[Column], output: str) -> None:
@@ -22,9 +36,18 @@ def print_rows(rows: Sequence[Any], columns: Sequence[Column], output: str) -> N
     if output in ("json", "yaml"):
         print_value(rows, output)
         return
-    shown = [column for column in columns if output == "wide" or not column.wide]
-    cells = [[_cell(getattr(row, column.attribute)) for column in shown] for row in rows]
-    click.echo(table([[column.title for column in shown], *cells]))
+    columns = shown(columns, output)
+    click.echo(table([[column.title for column in columns], *cells(rows, columns)]))
+
+
+def shown(columns: Iterable[Column], output: str) -> list[Column]:
+    """Return the columns that *output*, table or wide, shows."""
+    return [column for column in columns if output == "wide" or not column.wide]
+
+
+def cells(rows: Iterable[Any], columns: Sequence[Column]) -> list[list[str]]:
+    """Return the cells of *rows*."""
+    return [[_cell(getattr(row, column.attribute), column) for column in columns] for row in rows]
 
 
 def print_value(value: Any, output: str) -> None:
@@ -37,13 +60,19 @@ def print_value(value: Any, output: str) -> None:
         click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Return *rows* of text as lines, each column as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+def table(rows: Sequence[Sequence[str]], least: Sequence[int] = ()) -> str:
+    """Return *rows* of text as lines, aligned; *least*: see :func:`widths`."""
+    room = widths(rows, least)
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        "  ".join(cell.ljust(width) for cell, width in zip(row, room, strict=True)).rstrip()
         for row in rows
     )
+
+
+def widths(rows: Sequence[Sequence[str]], least: Sequence[int] = ()) -> list[int]:
+    """Return how wide each column is: its widest cell, and no less than *least* says."""
+    found = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return list(map(max, found, least)) if least else found
 
 
 def age(seconds: float) -> str:
@@ -56,7 +85,14 @@ def age(seconds: float) -> str:
     return "".join(parts[:2]) or "0s"
 
 
-def _cell(value: Any) -> str:
+def counted(number: int, thing: str) -> str:
+    """Return `1 service`, `2,000 services`."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def _cell(value: Any, column: Column) -> str:
+    if column.text is not None:
+        return column.text(value)
     if isinstance(value, list | tuple):
         return ",".join(map(str, value)) or "-"
     return "-" if value in ("", None) else str(value)

@@ -1,7 +1,5 @@
 """`sockhop status`."""
 
-import http.client
-import socket
 import time
 from pathlib import Path
 
@@ -10,8 +8,7 @@ import msgspec
 
 from sockhop.agent.state import AgentState
 from sockhop.cli.options import api_path, bpffs_path, global_options, output_option
-from sockhop.cli.output import age, print_value, table
-from sockhop.errors import SystemLackError
+from sockhop.cli.output import age, counted, print_value, table
 
 __all__ = ["command"]
 
@@ -52,6 +49,7 @@ def command(output: str) -> int:
 
 
 def _status(pins: Path, api: Path) -> _Status:
+    from sockhop.agent.client import ask_agent  # noqa: PLC0415
     from sockhop.agent.installed import map_usage  # noqa: PLC0415 (needs the extension)
     from sockhop.datapath.balancer import (  # noqa: PLC0415
         HOOKS,
@@ -61,7 +59,8 @@ def _status(pins: Path, api: Path) -> _Status:
     )
     from sockhop.datapath.records import Setting, Total  # noqa: PLC0415
 
-    agent = _ask(api)
+    running = ask_agent(api)
+    agent = running.state if running else None
     try:
         with BalanceMaps(pins) as maps:
             hooks = {hook.hook: program for hook, program in attached_hooks(pins).items()}
@@ -76,29 +75,6 @@ def _status(pins: Path, api: Path) -> _Status:
             )
     except NotInstalled:
         return _Status(str(pins), False, False, {}, [], {}, agent)
-
-
-def _ask(api: Path) -> AgentState | None:
-    """Ask the agent; None where nobody listens."""
-    connection = http.client.HTTPConnection("localhost", timeout=5)
-    connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        connection.sock.settimeout(5)
-        connection.sock.connect(str(api))
-        connection.request("GET", "/v1/status")
-        answer = connection.getresponse()
-        body = answer.read()
-    except (FileNotFoundError, ConnectionRefusedError):
-        return None
-    except OSError as error:
-        raise SystemLackError(
-            f"{api}: {error.strerror or error}", hint="run as root, or name the socket with --api"
-        ) from None
-    finally:
-        connection.close()
-    if answer.status != http.client.OK:
-        raise SystemLackError(f"{api}: {body.decode(errors='replace')}", hint="run as root")
-    return msgspec.json.decode(body, type=AgentState)
 
 
 def _lines(status: _Status) -> list[tuple[str, str]]:
@@ -125,8 +101,8 @@ def _agent_lines(agent: AgentState | None) -> list[tuple[str, str]]:
         ("sources", ", ".join(agent.source.paths)),
         (
             "installed",
-            f"{agent.services:,} services, {agent.frontends:,} frontends, "
-            f"{agent.backends:,} backends, generation {agent.generation}",
+            f"{counted(agent.services, 'service')}, {counted(agent.frontends, 'frontend')}, "
+            f"{counted(agent.backends, 'backend')}, generation {agent.generation}",
         ),
         ("last sync", f"{age(now - agent.synced_at)} ago, took {agent.sync_seconds * 1e3:.0f} ms"),
     ]

@@ -36,6 +36,7 @@ const char *bpf_map__name(const struct bpf_map *map);
 const char *bpf_map__pin_path(const struct bpf_map *map);
 int bpf_map__fd(const struct bpf_map *map);
 int bpf_map__set_max_entries(struct bpf_map *map, __u32 max_entries);
+__u32 bpf_map__max_entries(const struct bpf_map *map);
 
 /* --- maps --------------------------------------------------------------------------------- */
 int bpf_map_lookup_elem(int fd, const void *key, void *value);
@@ -116,6 +117,7 @@ uint8_t btf_int_encoding(const struct btf_type *t);
 /* --- what the Python library lacks --------------------------------------------------------- */
 int setns(int fd, int nstype);
 int sockhop_membarrier(int cmd);
+int sockhop_pidfd_getfd(int pidfd, int fd);
 #define CLONE_NEWNET ...
 #define MEMBARRIER_CMD_GLOBAL ...
 
@@ -229,6 +231,11 @@ static int sockhop_iter_link(int prog_fd, int map_fd)
 static int sockhop_membarrier(int cmd)
 {
     return syscall(SYS_membarrier, cmd, 0, 0);
+}
+
+static int sockhop_pidfd_getfd(int pidfd, int fd)
+{
+    return syscall(SYS_pidfd_getfd, pidfd, fd, 0);
 }
 
 /* Key and value of a map with BTF have its type 1. */

@@ -19,6 +19,8 @@ V = TypeVar("V")
 _BATCH = 4096
 _FEW = 1000
 """From here on, reading the whole map is quicker than looking each entry up."""
+_ENTRIES_PER_LOOKUP = 4
+"""So many entries of an array, which is always full, are read at once in the time of a lookup."""
 # What a kernel without batch operations for this map answers: ENOTSUPP (524) has no name in libc.
 _NO_BATCH = (errno.EINVAL, errno.EOPNOTSUPP, 524)
 
@@ -96,6 +98,14 @@ class Map(Generic[K, V]):
         """Return the value of *key*, None if there is none."""
         found = self._lookup(self.key.encode(key))
         return None if found is None else self.value.decode(found)
+
+    def get_many(self, keys: Iterable[K]) -> dict[K, V]:
+        """Return the entries of *keys*, those that are there."""
+        wanted = set(keys)
+        if len(wanted) * _ENTRIES_PER_LOOKUP >= self.max_entries:
+            return {key: value for key, value in self.items() if key in wanted}
+        found = ((key, self.get(key)) for key in wanted)
+        return {key: value for key, value in found if value is not None}
 
     def set(self, key: K, value: V, flags: int = 0) -> None:
         """Store *value*; KernelError with E2BIG where the map is full."""

@@ -3,7 +3,7 @@
 import errno
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,7 @@ from sockhop.kernel.btf import Layouts
 from sockhop.kernel.maps import map_info, open_pinned
 from sockhop.kernel.syscall import KernelError, check, last_log
 
-__all__ = ["BpfObject", "ProgramInfo", "object_path", "program_info"]
+__all__ = ["BpfObject", "ProgramInfo", "declared_sizes", "object_path", "program_info"]
 
 _OBJECTS = Path(__file__).parent.parent / "bpf"
 
@@ -50,6 +50,18 @@ def program_info(fd: int) -> ProgramInfo:
     )
 
 
+def declared_sizes(path: Path) -> dict[str, int]:
+    """Return the sizes that the object file at *path* gives its maps. Needs no permission."""
+    opened = _open_object(path, None)
+    try:
+        return {
+            ffi.string(lib.bpf_map__name(found)).decode(): lib.bpf_map__max_entries(found)
+            for found in _maps(opened)
+        }
+    finally:
+        lib.bpf_object__close(opened)
+
+
 class BpfObject:
     """A loaded object. Its programs and maps go when it is closed, unless pinned or attached."""
 
@@ -69,7 +81,7 @@ class BpfObject:
         self.path = path
         self.layouts = Layouts(path)
         lib.sockhop_log_reset()
-        self._object = self._open(pins)
+        self._object = _open_object(path, pins)
         try:
             for name, entries in (self._pinned_sizes() | dict(max_entries or {})).items():
                 check(lib.bpf_map__set_max_entries(self._map(name), entries), f"sizing {name}")
@@ -105,20 +117,9 @@ class BpfObject:
         """Return the descriptor of a map, owned by the object."""
         return check(lib.bpf_map__fd(self._map(name)), f"map {name}")
 
-    def _open(self, pins: Path | None) -> Any:
-        options = ffi.new("struct bpf_object_open_opts *")
-        options.sz = ffi.sizeof("struct bpf_object_open_opts")
-        root = ffi.new("char[]", str(pins).encode()) if pins else ffi.NULL
-        options.pin_root_path = root
-        opened = lib.bpf_object__open_file(str(self.path).encode(), options)
-        if opened == ffi.NULL:
-            raise KernelError(f"opening {self.path}", ffi.errno)
-        return opened
-
     def _pinned_sizes(self) -> dict[str, int]:
         sizes: dict[str, int] = {}
-        found = ffi.NULL
-        while (found := lib.bpf_object__next_map(self._object, found)) != ffi.NULL:
+        for found in _maps(self._object):
             path = lib.bpf_map__pin_path(found)
             if path == ffi.NULL:
                 continue
@@ -142,6 +143,23 @@ class BpfObject:
             if program == ffi.NULL:
                 return programs
             programs[ffi.string(lib.bpf_program__name(program)).decode()] = program
+
+
+def _open_object(path: Path, pins: Path | None) -> Any:
+    options = ffi.new("struct bpf_object_open_opts *")
+    options.sz = ffi.sizeof("struct bpf_object_open_opts")
+    root = ffi.new("char[]", str(pins).encode()) if pins else ffi.NULL
+    options.pin_root_path = root
+    opened = lib.bpf_object__open_file(str(path).encode(), options)
+    if opened == ffi.NULL:
+        raise KernelError(f"opening {path}", ffi.errno)
+    return opened
+
+
+def _maps(opened: Any) -> Iterator[Any]:
+    found = ffi.NULL
+    while (found := lib.bpf_object__next_map(opened, found)) != ffi.NULL:
+        yield found
 
 
 def _load_error(path: Path, pins: Path | None, number: int) -> SystemLackError:

@@ -1,0 +1,108 @@
+"""What /proc tells of the processes that hold sockets (proc(5))."""
+
+import os
+import socket
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from sockhop.kernel._libbpf import ffi, lib
+from sockhop.kernel.syscall import KernelError
+
+__all__ = [
+    "Holder",
+    "boot_time",
+    "borrowed",
+    "find_holders",
+    "network_namespaces",
+    "socket_inode",
+    "started_at",
+]
+
+_PROC = Path("/proc")
+
+
+class Holder(NamedTuple):
+    """A descriptor of a process. As text: command/pid."""
+
+    command: str
+    pid: int
+    fd: int
+
+    def __str__(self) -> str:
+        return f"{self.command}/{self.pid}"
+
+
+def socket_inode(target: str) -> int:
+    """Return the inode that the link of a descriptor names, as `socket:[1234]`; 0 if none."""
+    return int(target[8:-1]) if target.startswith("socket:[") else 0
+
+
+def find_holders(inodes: Iterable[int]) -> dict[int, list[Holder]]:
+    """Find the descriptors of each socket inode, by looking at those of all processes."""
+    wanted, found = set(inodes), defaultdict(list)
+    for process in _processes() if wanted else ():
+        try:
+            held = [(os.readlink(entry.path), entry.name) for entry in os.scandir(process / "fd")]
+            command = (process / "comm").read_text().strip()
+        except OSError:
+            continue
+        for target, number in held:
+            if (inode := socket_inode(target)) in wanted:
+                found[inode].append(Holder(command, int(process.name), int(number)))
+    return found
+
+
+def network_namespaces() -> dict[int, Path]:
+    """Return the namespaces of all processes, and those that `ip netns` keeps, by inode."""
+    paths = [process / "ns/net" for process in _processes()]
+    named = Path("/run/netns")
+    if named.is_dir():
+        paths += named.iterdir()
+    found: dict[int, Path] = {}
+    for path in paths:
+        try:
+            found.setdefault(path.stat().st_ino, path)
+        except OSError:
+            continue
+    return found
+
+
+def boot_time() -> float:
+    """Return when CLOCK_BOOTTIME was 0, in Unix seconds."""
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def started_at(pid: int) -> float:
+    """Return when a process started, in Unix seconds; FileNotFoundError where there is none."""
+    stat = (_PROC / str(pid) / "stat").read_text()
+    ticks = int(stat.rpartition(")")[2].split()[19])  # the 22nd field; the 2nd may hold anything
+    return boot_time() + ticks / os.sysconf("SC_CLK_TCK")
+
+
+@contextmanager
+def borrowed(holder: Holder) -> Iterator[socket.socket]:
+    """Yield a duplicate of another process's socket. Needs CAP_SYS_PTRACE.
+
+    Linux kernel commit 8649c322f75c ("pid: Implement pidfd_getfd syscall") (in v5.6).
+    KernelError where it cannot be had, ESRCH or EBADF where it is gone.
+    """
+    try:
+        process = os.pidfd_open(holder.pid)
+        try:
+            fd = lib.sockhop_pidfd_getfd(process, holder.fd)
+        finally:
+            os.close(process)
+    except OSError as error:
+        raise KernelError(f"opening process {holder.pid}", error.errno or 0) from None
+    if fd < 0:
+        raise KernelError(f"duplicating descriptor {holder.fd} of {holder}", ffi.errno)
+    with socket.socket(fileno=fd) as duplicate:
+        yield duplicate
+
+
+def _processes() -> Iterator[Path]:
+    return (path for path in _PROC.iterdir() if path.name.isdecimal())
