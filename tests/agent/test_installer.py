@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sockhop.agent import installer as installer_module
+from sockhop.agent.capacity import CapacityError
 from sockhop.agent.installed import read_installed
-from sockhop.agent.installer import CapacityError, Installer, ReadBackError
+from sockhop.agent.installer import Installer, ReadBackError
 from sockhop.agent.plan import make_plan
 from sockhop.agent.target import Entry, Target, expand
 from sockhop.datapath.balancer import BalanceMaps, Balancer, remove_pins

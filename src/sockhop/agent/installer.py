@@ -7,6 +7,7 @@ agent left half-written no word names, and the next one deletes it (:meth:`Insta
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from sockhop.agent.capacity import blocks_of, check_capacity
 from sockhop.agent.installed import read_installed
 from sockhop.agent.plan import Installed, InstalledEntry, InstalledMember, Plan
 from sockhop.agent.target import Entry, Member
@@ -23,12 +24,12 @@ from sockhop.datapath.records import (
     word,
 )
 from sockhop.datapath.shares import alias_table, table_for
-from sockhop.errors import SockhopError, SystemLackError
+from sockhop.errors import SockhopError
 from sockhop.kernel.maps import Map
 from sockhop.kernel.syscall import grace_period
 from sockhop.model import Algorithm, Backend, Protocol, pack_address
 
-__all__ = ["CapacityError", "Installer", "ReadBackError", "check_capacity", "table_bytes"]
+__all__ = ["Installer", "ReadBackError", "table_bytes"]
 
 Row = tuple[bytes, bytes]
 """An encoded key and value."""
@@ -39,41 +40,8 @@ _STATE_CODES = {state: code for code, state in enumerate(STATES)}
 _TYPE_CODES = {kind: code for code, kind in enumerate(FRONTEND_TYPES)}
 
 
-class CapacityError(SystemLackError):
-    """A map has no room for a plan. Nothing was written."""
-
-
 class ReadBackError(SockhopError):
     """The maps do not hold what was just written to them."""
-
-
-def check_capacity(plan: Plan, have: Installed, maps: BalanceMaps) -> None:
-    """Raise CapacityError where a map has no room for *plan*, made against *have*."""
-    names = {entry.service for entry in plan.added.values()} - have.services.keys()
-    entries = [old.entry for old in have.entries.values()]
-    changed = [*plan.added.values(), *plan.flipped.values()]
-    # Until the grace period is over, old and new stand side by side.
-    needs: tuple[tuple[Map[Any, Any], int], ...] = (
-        (maps.frontends, len(have.entries.keys() | plan.added.keys())),
-        (maps.words, len(entries) + len(plan.added)),
-        (maps.slots, sum(len(entry.backends) for entry in entries + changed)),
-        (maps.tables, sum(_blocks(entry) for entry in entries + changed)),
-        (maps.backends, len(have.members.keys() | plan.members.keys())),
-        (maps.services, len(have.services) + len(names)),
-        (maps.clients, sum(len(e.cgroups) for e in [*entries, *plan.added.values()])),
-    )
-    for target, need in needs:
-        if need > target.max_entries:
-            raise CapacityError(
-                f"the map {target.name} has room for {target.max_entries:,} entries, "
-                f"this change needs {need:,}",
-                hint="nothing was changed; a larger size is set by `sockhop detach` and then "
-                f"`sockhop agent --map-size {target.name}={need}`",
-            )
-
-
-def _blocks(entry: Entry) -> int:
-    return -(-len(table_for(*entry.choice)) // BLOCK_ENTRIES)
 
 
 class Installer:
@@ -116,7 +84,7 @@ class Installer:
         """
         if not plan:
             return self._maps.setting(Setting.GENERATION)
-        check_capacity(plan, self.installed, self._maps)
+        check_capacity(plan, self.installed, self._maps.sizes())
         self._written.clear()
         generation = self._maps.setting(Setting.GENERATION) + 1
         self._set(Setting.GENERATION, generation)
@@ -226,7 +194,7 @@ class Installer:
         for entry in old:
             for chunks, n in (
                 (maps.slots, len(entry.entry.backends)),
-                (maps.tables, _blocks(entry.entry)),
+                (maps.tables, blocks_of(entry.entry)),
             ):
                 chunks.delete_many(SlotKey(entry.id, entry.generation, i) for i in range(n))
             if entry.id not in kept:

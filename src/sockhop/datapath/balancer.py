@@ -132,6 +132,19 @@ class BalanceMaps:
         """Return a value of the map `settings`."""
         return self.settings.get(which) or 0
 
+    def sizes(self) -> dict[str, int]:
+        """Return how many entries each map that a plan fills has room for, by its name."""
+        filled: tuple[Map[Any, Any], ...] = (
+            self.frontends,
+            self.words,
+            self.slots,
+            self.tables,
+            self.backends,
+            self.services,
+            self.clients,
+        )
+        return {each.name: each.max_entries for each in filled}
+
     def _open(self, name: str, key: Codec[Any], value: Codec[Any]) -> Any:
         try:
             fd = open_pinned(map_directory(self._pins) / name)
