@@ -389,8 +389,7 @@ def test_everything_unapplied_is_in_one_warning(tmp_path: Path) -> None:
     }
     (warning,) = load_text(tmp_path, json.dumps(compact(**fields))).warnings
     assert warning.endswith(
-        "service web: intent, splice, health are checked "
-        "but not applied by this version"
+        "service web: intent, splice, health are checked but not applied by this version"
     )
 
 
