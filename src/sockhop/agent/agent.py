@@ -70,7 +70,7 @@ def run_agent(options: AgentOptions) -> None:
                 started_at=time.time(),
                 cgroup=str(options.cgroup),
                 bpffs=str(options.pins),
-                source=SourceState([str(path) for path in options.paths]),
+                source=SourceState([str(path) for path in options.paths], options.node_name),
             )
             agent = _Agent(options, balancer, installer, state)
             agent.sync.note_source(first)

@@ -7,7 +7,7 @@ from sockhop.agent.target import Entry, Member, Target
 from sockhop.datapath.records import FrontendKey
 from sockhop.model import Backend, Frontend, Protocol, unpack_address
 
-__all__ = ["Installed", "InstalledEntry", "InstalledMember", "Plan", "make_plan"]
+__all__ = ["Change", "Installed", "InstalledEntry", "InstalledMember", "Plan", "make_plan"]
 
 
 class InstalledEntry(NamedTuple):
@@ -33,6 +33,19 @@ class Installed(NamedTuple):
     services: dict[str, int]
 
 
+class Change(NamedTuple):
+    """What clients of one frontend meet; `sign` is + for a new one, - for one that goes, else ~."""
+
+    sign: str
+    key: FrontendKey
+    entry: Entry
+    detail: str = ""
+
+    def __str__(self) -> str:
+        title = f"{self.sign} {_title(self.key, self.entry)}"
+        return f"{title}: {self.detail}" if self.detail else title
+
+
 class Plan(NamedTuple):
     """What makes the installed state the target.
 
@@ -52,10 +65,10 @@ class Plan(NamedTuple):
     def __bool__(self) -> bool:
         return any(self)
 
-    def lines(self, installed: Installed) -> Iterator[str]:
-        """Describe each change of what clients meet, a line a frontend."""
+    def changes(self, installed: Installed) -> Iterator[Change]:
+        """Yield each change of what clients meet, made against *installed*."""
         for key, entry in self.added.items():
-            yield f"+ {_title(key, entry)}: {_size(entry.backends)}"
+            yield Change("+", key, entry, _size(entry.backends))
         for key, entry in self.flipped.items():
             before = set(installed.entries[key].entry.backends)
             after = set(entry.backends)
@@ -63,11 +76,11 @@ class Plan(NamedTuple):
             changes += [f"-{_text(backend)}" for backend in sorted(before - after)]
             if entry.algorithm is not installed.entries[key].entry.algorithm:
                 changes.append(entry.algorithm)
-            yield f"~ {_title(key, entry)}: {_size(entry.backends)}: {' '.join(changes)}"
+            yield Change("~", key, entry, f"{_size(entry.backends)}: {' '.join(changes)}")
         for key, entry in self.relabelled.items():
-            yield f"~ {_title(key, entry)}: scope, type or affinity"
+            yield Change("~", key, entry, "scope, type or affinity")
         for key, entry in self.removed.items():
-            yield f"- {_title(key, entry)}"
+            yield Change("-", key, entry)
 
 
 def make_plan(target: Target, installed: Installed) -> Plan:

@@ -14,6 +14,7 @@ class SourceState(msgspec.Struct):
     """
 
     paths: list[str]
+    node_name: str = ""
     good_at: float = 0.0
     error: str = ""
     error_at: float = 0.0

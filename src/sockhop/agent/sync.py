@@ -66,7 +66,7 @@ class Synchronizer:
         state, installer = self._state, self._installer
         target = expand(loaded.desired, self._home, self.places.find(loaded.desired))
         plan = make_plan(target, installer.installed)
-        lines = list(plan.lines(installer.installed))
+        lines = list(map(str, plan.changes(installer.installed)))
         state.generation = installer.apply(plan)
         for line in lines[:_LINES]:
             _LOG.info("%s", line)

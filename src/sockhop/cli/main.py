@@ -22,6 +22,7 @@ _COMMANDS = {
     "detach": "End balancing and remove everything of ours from the kernel.",
     "features": "List what this kernel can do for sockhop.",
     "get": "List services, backends or balanced sockets.",
+    "plan": "Print what an agent would change.",
     "render": "Print the desired state that manifests describe.",
     "status": "Say whether and how balancing works here.",
 }

@@ -1,0 +1,54 @@
+"""What should be installed, worked out as a running agent would, but by another process."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from sockhop.agent.client import RunningAgent
+from sockhop.agent.places import PlaceFinder
+from sockhop.agent.target import Target, expand
+from sockhop.errors import InputError
+from sockhop.kernel.netns import current_cookie, entered
+from sockhop.sources.files import load
+
+__all__ = ["Wanted", "agent_paths", "want"]
+
+_PROC = Path("/proc")
+
+
+class Wanted(NamedTuple):
+    """What manifests ask for, and what of them is ignored, a line each."""
+
+    target: Target
+    warnings: tuple[str, ...]
+
+
+def want(paths: Sequence[Path], agent: RunningAgent | None, node_name: str = "") -> Wanted:
+    """Return what the manifests at *paths* ask for.
+
+    Loopback is local to the network namespace of *agent*, or of this thread where none runs.
+    InputError where the manifests cannot be read.
+    """
+    loaded = load(paths, node_name=node_name)
+    target = expand(loaded.desired, _home(agent), PlaceFinder().find(loaded.desired))
+    return Wanted(target, loaded.warnings)
+
+
+def agent_paths(agent: RunningAgent) -> list[Path]:
+    """Return the sources of *agent*, as this process can open them."""
+    process = _PROC / str(agent.pid)
+    paths = [Path(path) for path in agent.state.source.paths]
+    with suppress(OSError):
+        directory = process.joinpath("cwd").readlink()
+        paths = [directory / path for path in paths]
+        if not process.joinpath("ns/mnt").samefile(_PROC / "self/ns/mnt"):
+            paths = [process / "root" / path.relative_to("/") for path in paths]
+    return paths
+
+
+def _home(agent: RunningAgent | None) -> int:
+    if agent is not None:
+        with suppress(InputError), entered(_PROC / str(agent.pid) / "ns/net"):
+            return current_cookie()
+    return current_cookie()
