@@ -129,13 +129,15 @@ class Room:
         return self._start(*_WORKER, str(cpu), *arguments, **_PIPES)
 
     def _start(self, *command: str, **options: Any) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             ["sh", "-c", _JOIN, str(self.cgroup), *command],
             cwd=self._directory,
             start_new_session=True,
             stdin=options.pop("stdin", subprocess.DEVNULL),
             **options,
         )
+        _prefer(process.pid)
+        return process
 
 
 _PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -206,6 +208,14 @@ class Site:
     def _remove_directory(self) -> None:
         if self.directory.exists():
             shutil.rmtree(self.directory)
+
+
+def _prefer(pid: int) -> None:
+    """Give a process precedence: whatever else this machine does shall not be measured."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, pid, -20)
+        # Where sessions share the CPUs first, nice(2) counts only within one (sched(7)).
+        Path(f"/proc/{pid}/autogroup").write_text("-20")
 
 
 def _kill_all(cgroup: Path) -> None:
