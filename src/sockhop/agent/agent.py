@@ -13,18 +13,19 @@ import msgspec
 
 from sockhop import __version__
 from sockhop.agent.api import api_application, serve_api
+from sockhop.agent.coexist import Coexistence, refuse_rivals
 from sockhop.agent.installer import Installer
 from sockhop.agent.metrics import AgentCollector, metrics_application, parse_listen, serve_metrics
 from sockhop.agent.notify import notify, watchdog_interval
 from sockhop.agent.rejections import RejectionLog
 from sockhop.agent.state import AgentState, SourceState
 from sockhop.agent.sync import Synchronizer
-from sockhop.datapath.balancer import Balancer, attached_hooks, remove_pins
+from sockhop.datapath.balancer import Balancer, check_room, map_directory, remove_pins, survey
 from sockhop.datapath.sockets import Sockets
 from sockhop.kernel.bpffs import lock_directory
 from sockhop.kernel.cgroups import open_cgroup
 from sockhop.kernel.netns import current_cookie
-from sockhop.sources.files import load
+from sockhop.sources.files import Loaded, load
 from sockhop.sources.watch import FileWatcher
 
 __all__ = ["AgentOptions", "run_agent"]
@@ -33,6 +34,7 @@ _LOG = logging.getLogger(__name__)
 _SETTLE = 0.01
 """Seconds from the first sign of a change to reading: an editor's write comes in parts."""
 _COUNTERS_EVERY = 5.0
+_CILIUM_EVERY = 2.0
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -48,6 +50,7 @@ class AgentOptions(msgspec.Struct, frozen=True):
     detach_on_exit: bool = False
     settle_every: float = 30.0
     map_sizes: dict[str, int] = {}
+    coexist: bool = False
 
 
 def run_agent(options: AgentOptions) -> None:
@@ -56,12 +59,15 @@ def run_agent(options: AgentOptions) -> None:
     InputError or SystemLackError where it cannot start; then nothing has changed.
     """
     listen = parse_listen(options.metrics) if options.metrics else None
-    first = load(options.paths, node_name=options.node_name)
+    sources = _Sources(options)
+    first = sources.load()
     with ExitStack() as stack:
         cgroup = stack.enter_context(open_cgroup(options.cgroup))
         stack.enter_context(lock_directory(options.pins))
-        fresh = not attached_hooks(options.pins)
+        fresh = not map_directory(options.pins).exists()
         try:
+            refuse_rivals(survey(options.pins, options.cgroup), coexist=options.coexist)
+            check_room(options.pins, cgroup)
             balancer = stack.enter_context(Balancer(options.pins, sizes=options.map_sizes))
             installer = Installer(balancer.maps)
             state = AgentState(
@@ -72,38 +78,54 @@ def run_agent(options: AgentOptions) -> None:
                 bpffs=str(options.pins),
                 source=SourceState([str(path) for path in options.paths], options.node_name),
             )
-            agent = _Agent(options, balancer, installer, state)
+            agent = _Agent(options, sources, balancer, installer, state)
             agent.sync.note_source(first)
             agent.sync.apply(first)
             balancer.attach(cgroup)
         except BaseException:
             if fresh:
-                remove_pins(options.pins)
+                remove_pins(options.pins, options.cgroup)
             raise
         asyncio.run(agent.follow(listen))
         for number in _STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # an impatient second one must not cut this short
         if options.detach_on_exit:
-            remove_pins(options.pins)
+            remove_pins(options.pins, options.cgroup)
+
+
+class _Sources:
+    """The manifests, without what is left to another tool."""
+
+    def __init__(self, options: AgentOptions) -> None:
+        self._options = options
+        self.coexistence = Coexistence() if options.coexist else None
+
+    def load(self) -> Loaded:
+        loaded = load(self._options.paths, node_name=self._options.node_name)
+        if self.coexistence is None:
+            return loaded
+        self.coexistence.refresh()
+        return self.coexistence.leave_out(loaded)
 
 
 class _Agent:
     def __init__(
-        self, options: AgentOptions, balancer: Balancer, installer: Installer, state: AgentState
+        self,
+        options: AgentOptions,
+        sources: _Sources,
+        balancer: Balancer,
+        installer: Installer,
+        state: AgentState,
     ) -> None:
         self._options = options
+        self._sources = sources
         self._balancer = balancer
         self._installer = installer
         self._state = state
         self._rejections = RejectionLog(balancer.maps, installer)
         self._wake = asyncio.Event()
         self._stopping = False
-        self.sync = Synchronizer(
-            lambda: load(options.paths, node_name=options.node_name),
-            installer,
-            state,
-            current_cookie(),
-        )
+        self.sync = Synchronizer(sources.load, installer, state, current_cookie())
 
     async def follow(self, listen: tuple[str, int] | None) -> None:
         """Serve, and apply each change of the sources, until a signal says to stop."""
@@ -170,6 +192,8 @@ class _Agent:
             asyncio.create_task(self._log_rejections()),
             asyncio.create_task(self._settle()),
         ]
+        if self._sources.coexistence:
+            tasks.append(asyncio.create_task(self._follow_cilium(self._sources.coexistence)))
         if interval := watchdog_interval():
             tasks.append(asyncio.create_task(self._watchdog(interval)))
         try:
@@ -194,6 +218,13 @@ class _Agent:
                 self._installer.forget_dead_counts()
                 if self.sync.places.outdated():
                     self._wake.set()
+
+    async def _follow_cilium(self, coexistence: Coexistence) -> None:
+        while True:
+            await asyncio.sleep(_CILIUM_EVERY)
+            if coexistence.refresh():
+                _LOG.info("Cilium's frontends have changed")
+                self._wake.set()
 
     async def _log_rejections(self) -> None:
         while True:

@@ -56,6 +56,11 @@ def _parse_sizes(
     metavar="MAP=N",
     help="Entries of a map when it is made, such as slots=1000000; `sockhop status` lists maps.",
 )
+@click.option(
+    "--coexist",
+    is_flag=True,
+    help="Start even if another tool's connect or sendmsg programs are on the cgroup or below.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Log more.")
 @global_options
 def command(verbose: bool, **options: Any) -> None:
@@ -63,6 +68,10 @@ def command(verbose: bool, **options: Any) -> None:
 
     The kernel goes on balancing when the agent stops; `sockhop detach` ends it. SIGHUP reads
     the manifests again; changes of the files are seen without it.
+
+    It refuses to start where somebody else's programs may rewrite what clients dial, Cilium's
+    for example. With --coexist it leaves Cilium's frontends to Cilium. Of other tools it cannot
+    know the frontends: the program that runs first decides, and `sockhop status` says which.
     """
     from sockhop.agent.agent import AgentOptions, run_agent  # noqa: PLC0415 (slow to import)
     from sockhop.agent.log import set_up_log  # noqa: PLC0415

@@ -2,7 +2,7 @@
 
 import click
 
-from sockhop.cli.options import api_path, bpffs_path, global_options
+from sockhop.cli.options import api_path, bpffs_path, cgroup_path, global_options
 
 __all__ = ["command"]
 
@@ -13,7 +13,10 @@ def command() -> None:
     """End balancing and remove everything of ours from the kernel.
 
     Connections that are open go on to their backends, but getpeername() shows the backend from
-    now on. Programs of others on the cgroup stay. Stop the agent first.
+    now on. Programs of others stay. Stop the agent first.
+
+    Links are known by their pins, wherever they are attached. Programs of ours that were attached
+    without a link are looked for in the whole cgroup hierarchy.
     """
     from sockhop.datapath.balancer import NotInstalled, remove_pins  # noqa: PLC0415 (extension)
     from sockhop.datapath.sockets import Sockets  # noqa: PLC0415
@@ -30,6 +33,6 @@ def command() -> None:
                 sockets = len(programs.balanced())
         except NotInstalled:
             sockets = 0
-        remove_pins(pins)
+        remove_pins(pins, cgroup_path())
     api_path().unlink(missing_ok=True)
     click.echo(f"detached; {sockets} live sockets lose their reverse translation")

@@ -47,7 +47,7 @@ def global_options(command: F) -> F:
         command = click.option(
             f"--{name}",
             envvar=f"SOCKHOP_{name.upper()}",
-            type=click.Path(path_type=Path),
+            type=click.Path(path_type=Path, readable=False),
             callback=_keep,
             expose_value=False,
             help=f"{text} Environment: SOCKHOP_{name.upper()}.",

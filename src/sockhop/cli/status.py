@@ -7,7 +7,7 @@ import click
 import msgspec
 
 from sockhop.agent.state import AgentState
-from sockhop.cli.options import api_path, bpffs_path, global_options, output_option
+from sockhop.cli.options import api_path, bpffs_path, cgroup_path, global_options, output_option
 from sockhop.cli.output import age, counted, print_value, table
 
 __all__ = ["command"]
@@ -19,16 +19,36 @@ class _MapUse(msgspec.Struct):
     size: int
 
 
+class _Other(msgspec.Struct):
+    """A program of somebody else's near ours; `order` as it runs: before, after, instead, …"""
+
+    hook: str
+    id: int
+    name: str
+    tag: str
+    cgroup: str
+    place: str
+    order: str
+    meaning: str
+
+
 class _Status(msgspec.Struct):
-    """`agent` is None where none runs; `hooks` has the ids of the programs that run."""
+    """`agent` is None where none runs; `hooks` has the ids of the programs that run.
+
+    `others` are those of other tools at the hooks of ours, on `cgroup`, above and below;
+    `others_unseen` says why there may be more of them, if so.
+    """
 
     bpffs: str
-    balancing: bool
-    bypass: bool
-    hooks: dict[str, int]
-    maps: list[_MapUse]
-    events: dict[str, int]
     agent: AgentState | None
+    cgroup: str
+    balancing: bool = False
+    bypass: bool = False
+    hooks: dict[str, int] = {}
+    maps: list[_MapUse] = []
+    events: dict[str, int] = {}
+    others: list[_Other] = []
+    others_unseen: str = ""
 
 
 @click.command(epilog="Example: sockhop status -o json")
@@ -43,7 +63,7 @@ def command(output: str) -> int:
     if output in ("json", "yaml"):
         print_value(status, output)
     else:
-        click.echo(table(_lines(status)))
+        click.echo(table(_lines(status, each=output == "wide")))
     agent = status.agent
     return int(not (status.balancing and not status.bypass and agent and agent.healthy))
 
@@ -56,28 +76,55 @@ def _status(pins: Path, api: Path) -> _Status:
         BalanceMaps,
         NotInstalled,
         attached_hooks,
+        balanced_cgroup,
     )
     from sockhop.datapath.records import Setting, Total  # noqa: PLC0415
 
     running = ask_agent(api)
     agent = running.state if running else None
+    cgroup = balanced_cgroup(pins) or (Path(agent.cgroup) if agent else cgroup_path())
+    status = _Status(str(pins), agent, str(cgroup))
+    status.others, status.others_unseen = _others(pins, cgroup)
     try:
         with BalanceMaps(pins) as maps:
-            hooks = {hook.hook: program for hook, program in attached_hooks(pins).items()}
-            return _Status(
-                bpffs=str(pins),
-                balancing=len(hooks) == len(HOOKS),
-                bypass=bool(maps.setting(Setting.BYPASS)),
-                hooks=hooks,
-                maps=[_MapUse(*use) for use in map_usage(maps)],
-                events={Total(i).name.lower(): n for i, n in maps.totals.items()},
-                agent=agent,
-            )
+            status.hooks = {hook.hook: id for hook, id in attached_hooks(pins, cgroup).items()}
+            status.balancing = len(status.hooks) == len(HOOKS)
+            status.bypass = bool(maps.setting(Setting.BYPASS))
+            status.maps = [_MapUse(*use) for use in map_usage(maps)]
+            status.events = {Total(i).name.lower(): n for i, n in maps.totals.items()}
     except NotInstalled:
-        return _Status(str(pins), False, False, {}, [], {}, agent)
+        pass
+    return status
 
 
-def _lines(status: _Status) -> list[tuple[str, str]]:
+def _others(pins: Path, cgroup: Path) -> tuple[list[_Other], str]:
+    from sockhop.datapath.balancer import survey  # noqa: PLC0415
+    from sockhop.kernel.syscall import KernelError  # noqa: PLC0415
+
+    if not cgroup.is_dir():  # it is gone
+        return [], ""
+    try:
+        found = survey(pins, cgroup)
+    except KernelError as error:
+        return [], error.message
+    others = [
+        _Other(
+            hook=program.hook.hook,
+            id=program.id,
+            name=program.name,
+            tag=program.tag,
+            cgroup=str(program.cgroup),
+            place=program.place,
+            order=program.order,
+            meaning=program.meaning,
+        )
+        for program in found.programs
+    ]
+    unseen = "" if found.is_complete else "there are too many cgroups to look at all of them"
+    return others, unseen
+
+
+def _lines(status: _Status, *, each: bool) -> list[tuple[str, str]]:
     lines = [("balancing", "yes" if status.balancing else "no: hooks are missing")]
     if not status.hooks:
         lines = [("balancing", f"no: nothing is installed in {status.bpffs}")]
@@ -85,9 +132,31 @@ def _lines(status: _Status) -> list[tuple[str, str]]:
         lines.append(("bypass", "ON: every connect passes untouched (sockhop bypass off)"))
     lines += _agent_lines(status.agent)
     if status.hooks:
+        if status.agent is None:
+            lines.append(("cgroup", status.cgroup))
         lines.append(("hooks", ", ".join(f"{h} #{i}" for h, i in status.hooks.items())))
+    lines += [("other tool", line) for line in _other_lines(status.others, each=each)]
+    if status.others_unseen:
+        lines.append(("other tools", f"may be more: {status.others_unseen}"))
     lines += [(f"map {use.map}", f"{use.used:,} of {use.size:,}") for use in status.maps]
     lines += [(event.replace("_", " "), f"{n:,}") for event, n in status.events.items() if n]
+    return lines
+
+
+def _other_lines(others: list[_Other], *, each: bool) -> list[str]:
+    """A line for each program, or unless *each*, one for all that are alike but for the cgroup."""
+    alike: dict[tuple[object, ...], list[_Other]] = {}
+    for i, other in enumerate(others):
+        key = i if each else (other.hook, other.name, other.tag, other.meaning)
+        alike.setdefault((key,), []).append(other)
+    lines = []
+    for first, *more in alike.values():
+        ids = {other.id for other in more} - {first.id}
+        named = f"{first.name} (tag {first.tag})" if first.tag else "(its name needs CAP_SYS_ADMIN)"
+        lines.append(
+            f"{first.hook} #{first.id}{f' and {len(ids)} more' if ids else ''} {named} "
+            f"at {first.cgroup}{f' and {len(more)} more' if more else ''}: {first.meaning}"
+        )
     return lines
 
 

@@ -5,6 +5,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from sockhop.datapath.attachment import (
+    Owner,
+    attach_hooks,
+    cgroup_of_links,
+    check_hooks,
+    detach_hooks,
+    programs_in_force,
+)
+from sockhop.datapath.neighbours import Neighbourhood, find_neighbours
 from sockhop.datapath.records import (
     ABI,
     BackendRecord,
@@ -22,7 +31,7 @@ from sockhop.datapath.records import (
 from sockhop.errors import SystemLackError
 from sockhop.kernel.btf import Codec, Layouts
 from sockhop.kernel.cgroups import AttachType
-from sockhop.kernel.links import attach, detach, linked_program
+from sockhop.kernel.links import detach, unpin
 from sockhop.kernel.maps import U32, U64, Map, open_pinned
 from sockhop.kernel.objects import BpfObject, object_path
 
@@ -33,9 +42,12 @@ __all__ = [
     "Balancer",
     "NotInstalled",
     "attached_hooks",
+    "balanced_cgroup",
+    "check_room",
     "link_directory",
     "map_directory",
     "remove_pins",
+    "survey",
 ]
 
 # Reverse translation is attached first and detached last, so that no balanced socket is
@@ -206,27 +218,55 @@ class Balancer:
         self.close()
 
     def attach(self, cgroup: int) -> None:
-        """Attach every hook to the cgroup, or swap the programs of links that are there."""
-        for hook in HOOKS:
-            program = self._object.program(f"sockhop_{hook.hook}")
-            attach(program, cgroup, hook, link_directory(self._pins) / hook.hook)
+        """Attach every hook to the cgroup, or let what is attached run these programs.
+
+        All or none: see :func:`sockhop.datapath.attachment.attach_hooks`.
+        """
+        programs = {hook: self._object.program(f"sockhop_{hook.hook}") for hook in HOOKS}
+        owner = Owner(map_directory(self._pins))
+        attach_hooks(programs, cgroup, link_directory(self._pins), owner)
 
 
-def attached_hooks(pins: Path) -> dict[AttachType, int]:
-    """Return which hooks have a link of ours below *pins*, with the id of its program."""
-    found = {hook: linked_program(link_directory(pins) / hook.hook) for hook in HOOKS}
-    return {hook: program for hook, program in found.items() if program is not None}
+def attached_hooks(pins: Path, cgroup: Path | None = None) -> dict[AttachType, int]:
+    """Return which hooks run a program of ours, with its id.
+
+    Without *cgroup* only those that have a link: a program that was attached without one
+    is known by its cgroup alone.
+    """
+    return programs_in_force(HOOKS, link_directory(pins), Owner(map_directory(pins)), cgroup)
 
 
-def remove_pins(pins: Path) -> None:
-    """End balancing: unpin the links, forward hooks first, then the maps, then the directories."""
+def balanced_cgroup(pins: Path) -> Path | None:
+    """Return the cgroup that the links are attached to; None where there are none.
+
+    None also where it is gone, or its path cannot be told without CAP_DAC_READ_SEARCH.
+    """
+    return cgroup_of_links(HOOKS, link_directory(pins))
+
+
+def check_room(pins: Path, cgroup: int) -> None:
+    """Raise SystemLackError where it shows beforehand that a hook cannot be attached."""
+    check_hooks(HOOKS, cgroup, link_directory(pins), Owner(map_directory(pins)))
+
+
+def survey(pins: Path, cgroup: Path) -> Neighbourhood:
+    """Find the programs of others at our hooks, on *cgroup*, above and below."""
+    ours = attached_hooks(pins, cgroup)
+    return find_neighbours(cgroup, HOOKS, ours, Owner(map_directory(pins)))
+
+
+def remove_pins(pins: Path, cgroup: Path | None = None) -> None:
+    """End balancing: detach, forward hooks first, then unpin the maps and remove the directories.
+
+    Programs of ours that were attached without a link are looked for in the whole hierarchy,
+    and where that is another at *cgroup* and below.
+    """
     links, maps = link_directory(pins), map_directory(pins)
-    for hook in reversed(HOOKS):
-        detach(links / hook.hook)
-    for directory in (links, maps):
+    detach_hooks(reversed(HOOKS), links, Owner(maps), cgroup)
+    for directory, remove in ((links, detach), (maps, unpin)):
         if directory.is_dir():
-            for pin in sorted(directory.iterdir()):
-                pin.unlink()
+            for pin in sorted(directory.iterdir()):  # links: of hooks that this version lacks
+                remove(pin)
             directory.rmdir()
     if pins.is_dir() and not any(pins.iterdir()):
         pins.rmdir()

@@ -62,7 +62,8 @@ struct bpf_map_info { __u32 type; __u32 id; __u32 key_size; __u32 value_size;
                       __u32 max_entries; __u32 map_flags; char name[16]; ...; };
 struct bpf_prog_info { __u32 type; __u32 id; uint8_t tag[8]; __u32 nr_map_ids; __u64 map_ids;
                        char name[16]; ...; };
-struct bpf_link_info { __u32 type; __u32 id; __u32 prog_id; ...; };
+struct bpf_link_info { __u32 type; __u32 id; __u32 prog_id;
+                       struct { __u64 cgroup_id; __u32 attach_type; } cgroup; ...; };
 int bpf_obj_get_info_by_fd(int fd, void *info, __u32 *info_len);
 
 /* --- attaching ---------------------------------------------------------------------------- */
@@ -93,6 +94,7 @@ int bpf_link_detach(int link_fd);
 int bpf_iter_create(int link_fd);
 int sockhop_iter_link(int prog_fd, int map_fd);
 #define BPF_F_ALLOW_MULTI ...
+#define BPF_F_ALLOW_OVERRIDE ...
 #define BPF_F_QUERY_EFFECTIVE ...
 
 /* --- BTF ---------------------------------------------------------------------------------- */
@@ -118,6 +120,7 @@ uint8_t btf_int_encoding(const struct btf_type *t);
 int setns(int fd, int nstype);
 int sockhop_membarrier(int cmd);
 int sockhop_pidfd_getfd(int pidfd, int fd);
+int sockhop_open_cgroup(int any_cgroup, __u64 id);
 #define CLONE_NEWNET ...
 #define MEMBARRIER_CMD_GLOBAL ...
 
@@ -161,9 +164,11 @@ struct btf *btf__load_vmlinux_btf(void);
 SOURCE = r"""
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <sched.h>
 #include <stdarg.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -236,6 +241,18 @@ static int sockhop_membarrier(int cmd)
 static int sockhop_pidfd_getfd(int pidfd, int fd)
 {
     return syscall(SYS_pidfd_getfd, pidfd, fd, 0);
+}
+
+static int sockhop_open_cgroup(int any_cgroup, __u64 id)
+{
+    union {
+        struct file_handle handle;
+        char room[sizeof(struct file_handle) + sizeof(id)];
+    } of = { .handle = { .handle_bytes = sizeof(id), .handle_type = 0xfe } };
+
+    /* 0xfe is FILEID_KERNFS (include/linux/exportfs.h). */
+    memcpy(of.room + offsetof(struct file_handle, f_handle), &id, sizeof(id));
+    return open_by_handle_at(any_cgroup, &of.handle, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 }
 
 /* Key and value of a map with BTF have its type 1. */

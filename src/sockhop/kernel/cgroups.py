@@ -6,18 +6,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
+from typing import NamedTuple
 
 from sockhop.errors import InputError, SystemLackError
 from sockhop.kernel._libbpf import ffi, lib
 from sockhop.kernel.mounts import filesystem_type, mounts
 from sockhop.kernel.syscall import KernelError
 
-__all__ = ["AttachType", "attached_programs", "cgroup_id", "cgroup_root", "open_cgroup"]
+__all__ = [
+    "GROUPS_MAX",
+    "AttachType",
+    "Attached",
+    "attached_programs",
+    "cgroup_id",
+    "cgroup_path",
+    "cgroup_root",
+    "effective_programs",
+    "groups_above",
+    "groups_below",
+    "open_cgroup",
+]
+
+GROUPS_MAX = 10_000
+"""How many cgroups a walk looks at at most; a busy Kubernetes node has about 1,000."""
 
 
 class AttachType(IntEnum):
     """Where on a cgroup a program runs (enum bpf_attach_type), by its section name."""
 
+    INGRESS = lib.BPF_CGROUP_INET_INGRESS
+    EGRESS = lib.BPF_CGROUP_INET_EGRESS
     CONNECT4 = lib.BPF_CGROUP_INET4_CONNECT
     CONNECT6 = lib.BPF_CGROUP_INET6_CONNECT
     SENDMSG4 = lib.BPF_CGROUP_UDP4_SENDMSG
@@ -76,16 +94,104 @@ def open_cgroup(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def attached_programs(cgroup: int, attach_type: AttachType) -> tuple[int, ...]:
-    """Return the ids of the programs attached to the cgroup itself, in the order they run.
+def cgroup_path(any_cgroup: int, number: int) -> Path | None:
+    """Return where the cgroup with the id *number* is; None if it is gone.
 
-    EINVAL (the kernel does not know the type) and EBADF (cgroup v1) mean none.
+    *any_cgroup* is a descriptor in the same hierarchy. The id is what a link tells, and the
+    directory's inode number. KernelError without CAP_DAC_READ_SEARCH.
     """
-    room = 64  # BPF_CGROUP_MAX_PROGS (include/linux/bpf-cgroup.h)
-    ids, n = ffi.new("__u32[]", room), ffi.new("__u32 *", room)
-    result = lib.bpf_prog_query(cgroup, attach_type, 0, ffi.NULL, ids, n)
+    fd = lib.sockhop_open_cgroup(any_cgroup, number)
+    if fd < 0:
+        if ffi.errno in (errno.ESTALE, errno.ENOENT):
+            return None
+        raise KernelError(f"finding the cgroup with the id {number}", ffi.errno)
+    try:
+        return Path(os.readlink(f"/proc/self/fd/{fd}"))
+    finally:
+        os.close(fd)
+
+
+def groups_above(group: Path) -> Iterator[Path]:
+    """Yield the cgroups above *group*, the nearest first, as far as they are visible here."""
+    root = cgroup_root()
+    for above in group.resolve().parents:
+        if not above.is_relative_to(root):
+            return
+        yield above
+
+
+def groups_below(top: Path, limit: int = GROUPS_MAX) -> Iterator[tuple[Path, int]]:
+    """Yield *top* and the cgroups below it, parents first, each with an open descriptor.
+
+    No more than *limit*; those that go meanwhile are passed over. The descriptor is closed when
+    the next one is asked for.
+    """
+    waiting, found = [top], 0
+    while waiting and found < limit:
+        group = waiting.pop()
+        try:
+            fd = os.open(group, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        found += 1
+        try:
+            with os.scandir(group) as entries:
+                waiting += [Path(e.path) for e in entries if e.is_dir(follow_symlinks=False)]
+            yield group, fd
+        except FileNotFoundError:
+            continue
+        finally:
+            os.close(fd)
+
+
+class Attached(NamedTuple):
+    """The programs at one hook of a cgroup itself, in the order they run.
+
+    `flags`: BPF_F_ALLOW_MULTI where others may join (and with every link), BPF_F_ALLOW_OVERRIDE
+    where cgroups below may have their own instead, 0 where neither.
+    """
+
+    programs: tuple[int, ...] = ()
+    flags: int = 0
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether another program may be attached beside these."""
+        return not self.programs or bool(self.flags & lib.BPF_F_ALLOW_MULTI)
+
+    @property
+    def forbids_below(self) -> bool:
+        """Whether no cgroup below may have a program of its own at this hook."""
+        return not self.is_shared and not self.flags & lib.BPF_F_ALLOW_OVERRIDE
+
+
+def attached_programs(cgroup: int, attach_type: AttachType) -> Attached:
+    """Return what is attached to the cgroup itself.
+
+    EINVAL (the kernel does not know the type) and EBADF (cgroup v1) mean nothing. KernelError
+    without CAP_NET_ADMIN.
+    """
+    return _query(cgroup, attach_type, 0)
+
+
+def effective_programs(cgroup: int, attach_type: AttachType) -> tuple[int, ...]:
+    """Return the ids of the programs that run for the cgroup's processes, in their order.
+
+    They come from the cgroup and those above it. Errors as in :func:`attached_programs`.
+    """
+    return _query(cgroup, attach_type, lib.BPF_F_QUERY_EFFECTIVE).programs
+
+
+def _query(cgroup: int, attach_type: AttachType, how: int) -> Attached:
+    room, flags, n = 64, ffi.new("__u32 *"), ffi.new("__u32 *")
+    while True:
+        ids, n[0] = ffi.new("__u32[]", room), room
+        result = lib.bpf_prog_query(cgroup, attach_type, how, flags, ids, n)
+        if result != -errno.ENOSPC or n[0] <= room:
+            break
+        room = n[0]
     if -result in (errno.EINVAL, errno.EBADF):
-        return ()
+        return Attached()
     if result < 0:
         raise KernelError(f"querying the {attach_type.hook} programs of a cgroup", -result)
-    return tuple(ids[i] for i in range(n[0]))
+    return Attached(tuple(ids[i] for i in range(n[0])), flags[0])

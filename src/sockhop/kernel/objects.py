@@ -15,7 +15,15 @@ from sockhop.kernel.btf import Layouts
 from sockhop.kernel.maps import map_info, open_pinned
 from sockhop.kernel.syscall import KernelError, check, last_log
 
-__all__ = ["BpfObject", "ProgramInfo", "declared_sizes", "object_path", "program_info"]
+__all__ = [
+    "BpfObject",
+    "ProgramInfo",
+    "declared_sizes",
+    "identify_program",
+    "object_path",
+    "open_program",
+    "program_info",
+]
 
 _OBJECTS = Path(__file__).parent.parent / "bpf"
 
@@ -60,6 +68,30 @@ def declared_sizes(path: Path) -> dict[str, int]:
         }
     finally:
         lib.bpf_object__close(opened)
+
+
+def open_program(number: int) -> int:
+    """Return a descriptor of the program with the id *number*; FileNotFoundError if it is gone.
+
+    KernelError without CAP_SYS_ADMIN, which the kernel wants for every look-up by id.
+    """
+    fd = lib.bpf_prog_get_fd_by_id(number)
+    if fd == -errno.ENOENT:
+        raise FileNotFoundError(errno.ENOENT, "no such program", str(number))
+    if fd < 0:
+        raise KernelError(
+            f"opening program {number}", -fd, hint="run as root with CAP_SYS_ADMIN (and CAP_BPF)"
+        )
+    return int(fd)
+
+
+def identify_program(number: int) -> ProgramInfo:
+    """Return the kernel's description of the program with that id. Errors as open_program()."""
+    fd = open_program(number)
+    try:
+        return program_info(fd)
+    finally:
+        os.close(fd)
 
 
 class BpfObject:
