@@ -78,7 +78,7 @@ def test_others_stay_and_nothing_of_ours_does(
 ) -> None:
     assert connect_forbidden() == errno.EPERM
     web = {"frontends": [f"{VIP}:80"], "backends": [server.endpoint]}
-    with sandbox.agent(sandbox.manifest(compact(web=web))) as agent:
+    with sandbox.agent(sandbox.manifest(compact(web=web)), "--coexist") as agent:
         assert ask_blocking(VIP, 80, TCP) == "one"
         assert connect_forbidden() == errno.EPERM
         on_cgroup = bpftool.attached(sandbox.cgroup)
@@ -120,10 +120,10 @@ def test_a_restart_replaces_only_our_programs(
 ) -> None:
     web = {"frontends": [f"{VIP}:80"], "backends": [server.endpoint]}
     manifest = sandbox.manifest(compact(web=web))
-    with sandbox.agent(manifest) as agent:
+    with sandbox.agent(manifest, "--coexist") as agent:
         first = bpftool.attached(sandbox.cgroup)
         agent.stop(signal.SIGKILL)
-    with sandbox.agent(manifest):
+    with sandbox.agent(manifest, "--coexist"):
         second = bpftool.attached(sandbox.cgroup)
         assert ask_blocking(VIP, 80, TCP) == "one"
     assert [p.id for p in first & second] == [other]
@@ -138,7 +138,8 @@ def test_a_restart_replaces_only_our_programs(
 
 def test_detach_on_exit(sandbox: Sandbox, other: int, server: ServerThread) -> None:
     web = {"frontends": [f"{VIP}:80"], "backends": [server.endpoint]}
-    with sandbox.agent(sandbox.manifest(compact(web=web)), "--detach-on-exit"):
+    manifest = sandbox.manifest(compact(web=web))
+    with sandbox.agent(manifest, "--coexist", "--detach-on-exit"):
         assert ask_blocking(VIP, 80, TCP) == "one"
     assert only_other_in_tree(sandbox, other)
     assert not sandbox.pins.exists()
