@@ -123,7 +123,7 @@ class Agent:
                 env=sandbox.environment | {"NOTIFY_SOCKET": str(notify_path)},
             )
 
-    def wait_ready(self, seconds: float = 20) -> "Agent":
+    def wait_ready(self, seconds: float = 60) -> "Agent":
         self.notified.settimeout(seconds)
         try:
             while not self._ready:

@@ -70,7 +70,7 @@ def hammer(
     write: Write = install,
     path: Path | None = None,
 ) -> Result:
-    """Flip all services to and fro until *flips* are done or *seconds* are over."""
+    """Flip all services to and fro until *flips* are done, a miss is met, or *seconds* are over."""
     sandbox.pins.mkdir(mode=0o700)
     with Balancer(sandbox.pins, path=path) as balancer, open_cgroup(sandbox.cgroup) as cgroup:
         installer = Installer(balancer.maps)
@@ -86,7 +86,7 @@ def hammer(
         for client in clients:
             client.start()
         done, end = 0, time.monotonic() + seconds
-        while done < flips and time.monotonic() < end:
+        while done < flips and time.monotonic() < end and not stop.value:
             write(installer, (done // SERVICES + 1) % 2)
             done += SERVICES
         stop.value = True
@@ -120,4 +120,6 @@ def _client(pins: Path, core: int, stop, results) -> None:  # type: ignore[no-un
                 allowed = [*backends(service, 0), *backends(service, 1)]
                 got = Backend(socket.inet_ntoa(found.backend_address[12:]), found.backend_port)
                 wrong += got not in allowed
+            if misses or wrong:
+                stop.value = True  # one is enough to fail a test, and all that a mutant has to show
     results.put((connects, misses, wrong))

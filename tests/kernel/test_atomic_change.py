@@ -69,7 +69,7 @@ def write_plain_slots(installer: Installer, parity: int) -> None:
 
 def test_plain_slots_are_noticed(sandbox: Sandbox, tmp_path: Path) -> None:
     path = mutant(tmp_path, "balance", TAKE_ANY, ASK_ONCE, NO_GENERATION)
-    result = hammer(sandbox, flips=20000, seconds=60, write=write_plain_slots, path=path)
+    result = hammer(sandbox, flips=10**9, seconds=90, write=write_plain_slots, path=path)
     show(result)
     assert result.misses + result.wrong > 0
 
@@ -85,7 +85,7 @@ def test_words_before_slots_are_noticed(sandbox: Sandbox, monkeypatch: pytest.Mo
 
     publish = Installer._publish
     monkeypatch.setattr(Installer, "_publish", publish_words_first)
-    result = hammer(sandbox, flips=20000, seconds=60)
+    result = hammer(sandbox, flips=10**9, seconds=90)
     show(result)
     assert result.misses > 0
 
@@ -113,6 +113,6 @@ def test_a_missing_grace_period_is_noticed(
 ) -> None:
     monkeypatch.setattr(installer_module, "grace_period", lambda: None)
     path = mutant(tmp_path, "balance", TAKE_ANY, ASK_ONCE, DAWDLE)
-    result = hammer(sandbox, flips=10**9, seconds=10, write=write_few_at_a_time, path=path)
+    result = hammer(sandbox, flips=10**9, seconds=90, write=write_few_at_a_time, path=path)
     show(result)
     assert result.misses + result.wrong > 0
