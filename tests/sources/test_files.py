@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sockhop.errors import InputError
-from sockhop.sources import documents
+from sockhop.sources import paths
 from sockhop.sources.files import load
 from tests.sources.manifests import (
     compact,
@@ -119,7 +119,7 @@ def test_a_directory_with_a_file_that_is_broken(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "FILE_MAX", 1 << 20)
+    monkeypatch.setattr(paths, "FILE_MAX", 1 << 20)
     size = 1 << 20
     text = named("a")
     assert load_text(tmp_path, text.ljust(size)).desired.services

@@ -6,6 +6,7 @@ import select
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,6 +97,90 @@ def test_every_change_is_seen_again_and_again(
             changed(watcher)
             append(path)
             assert changed(watcher)
+
+
+def test_files_in_a_directory_are_told_apart(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(home / "a.yaml")
+    (home / "link").symlink_to(".")
+    monkeypatch.chdir(home.parent)
+    directories = [Path("sockhop"), home / "link"]
+    with FileWatcher(directories) as watcher:
+        assert watcher.take_touched() is None
+        assert watcher.take_touched() == frozenset()
+
+        def expected(*names: str) -> frozenset[Path]:
+            return frozenset(directory / name for directory in directories for name in names)
+
+        def touched(*names: str) -> bool:
+            assert changed(watcher) == bool(names)
+            return watcher.take_touched() == expected(*names)
+
+        append(home / "a.yaml")
+        assert touched("a.yaml")
+        replace(home / "b.json")
+        recreate(home / "a.yaml")
+        assert touched("a.yaml", "b.json")
+        (home / "b.json").rename(home / "c.yml")
+        assert touched("b.json", "c.yml")
+        (home / "c.yml").unlink()
+        assert touched("c.yml")
+        write(home / "notes.txt")
+        assert touched()
+        write(home / "d.yaml")
+        changed(watcher)
+        write(home / "e.yaml")
+        assert changed(watcher)
+        assert watcher.take_touched() == expected("d.yaml", "e.yaml")
+
+
+def test_links_and_directories_can_be_anything(home: Path) -> None:
+    (home / ".real").write_text("x")
+    with FileWatcher([home, home / "named.yaml"]) as watcher:
+
+        def anything() -> bool:
+            assert changed(watcher)
+            return watcher.take_touched() is None
+
+        watcher.take_touched()
+        (home / "a.yaml").symlink_to(".real")
+        assert anything()
+        append(home / ".real")
+        assert anything()
+        (home / "a.yaml").unlink()
+        assert anything()
+        write(home / "a.yaml")
+        assert changed(watcher)
+        assert watcher.take_touched() == frozenset([home / "a.yaml"])
+        write(home / "named.yaml")
+        assert anything()
+        home.chmod(0o700)
+        assert anything()
+        append(home / "a.yaml")
+        replace_its_directory(home / "a.yaml")
+        assert anything()
+        append(home / "a.yaml")
+        assert changed(watcher)
+        assert watcher.take_touched() == frozenset([home / "a.yaml"])
+
+
+def test_ten_thousand_files_take_one_watch_and_no_time(home: Path) -> None:
+    for number in range(10_000):
+        (home / f"{number}.yaml").touch()
+
+    def seconds(act: Callable[[], object]) -> float:
+        begin = time.process_time()
+        act()
+        return time.process_time() - begin
+
+    listing = min(seconds(lambda: os.listdir(home)) for _ in range(5))
+    with FileWatcher([home]) as watcher:
+        info = Path(f"/proc/self/fdinfo/{watcher.fileno()}").read_text()
+        assert info.count("inotify wd:") == len(home.parts)
+        taken = []
+        for number in range(5):
+            replace(home / f"{number}.yaml")
+            taken.append(seconds(lambda: changed(watcher)))
+        assert min(taken) < listing / 4
 
 
 def test_what_is_nobody_s_business_is_not_reported(home: Path) -> None:

@@ -22,10 +22,13 @@ from sockhop.model import (
     Service,
     endpoint,
 )
-from sockhop.sources.documents import Document
+from sockhop.sources.documents import Document, Place
 from sockhop.sources.fields import FieldError, FieldPath, parse_host, shown
 
-__all__ = ["AFFINITY_DEFAULT", "AFFINITY_MAX", "CompactClaim", "read_compact"]
+__all__ = ["AFFINITY_DEFAULT", "AFFINITY_MAX", "CompactClaim", "FrontendKeys", "read_compact"]
+
+FrontendKeys = frozenset[tuple[str, int, Protocol]]
+"""What clients dial of a service (:attr:`Frontend.key`)."""
 
 AFFINITY_MAX = 86400
 """Longest affinity in seconds, as in Kubernetes (core/v1 ClientIPConfig.timeoutSeconds)."""
@@ -196,12 +199,26 @@ class CompactFile(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CompactClaim(NamedTuple):
-    """A service, and where it and each of its frontends stand in its document."""
+    """A service, the keys of its frontends, and where they stand.
+
+    `position` is the service's in its document; `positions` are those of the texts that its
+    frontends come from.
+    """
 
     service: Service
-    document: Document
-    path: FieldPath
-    frontend_paths: tuple[FieldPath, ...]
+    keys: FrontendKeys
+    place: Place
+    position: int
+    positions: tuple[int, ...]
+
+    @property
+    def path(self) -> FieldPath:
+        """Where the service stands in its document."""
+        return "services", self.position
+
+    def frontend_path(self, number: int) -> FieldPath:
+        """Where the text of a frontend stands in the document."""
+        return (*self.path, "frontends", self.positions[number])
 
 
 def read_compact(document: Document, warnings: list[str]) -> Iterator[CompactClaim]:
@@ -226,12 +243,12 @@ def read_compact(document: Document, warnings: list[str]) -> Iterator[CompactCla
         except FieldError as error:
             raise document.error(error.under(*path)) from None
         for text in _ignored(form, frontends):
-            warnings.append(f"{document.file}: service {form.name}: {text}")
-        places = tuple((*path, "frontends", number) for number in indexes)
-        yield CompactClaim(service, document, path, places)
+            warnings.append(f"{document.place.file}: service {form.name}: {text}")
+        keys = frozenset(frontend.key for frontend in frontends)
+        yield CompactClaim(service, keys, document.place, index, indexes)
 
 
-def _frontends(form: ServiceForm) -> tuple[tuple[Frontend, ...], list[int]]:
+def _frontends(form: ServiceForm) -> tuple[tuple[Frontend, ...], tuple[int, ...]]:
     """Return the frontends, and of each the index of the text that it comes from."""
     backends = _backends(form.backends)
     ipv4 = tuple(backend for backend in backends if ":" not in backend.address)
@@ -251,7 +268,7 @@ def _frontends(form: ServiceForm) -> tuple[tuple[Frontend, ...], list[int]]:
         for protocol in protocols:
             frontends.append(Frontend(address, port, protocol, backends=fitting))
             indexes.append(index)
-    return tuple(frontends), indexes
+    return tuple(frontends), tuple(indexes)
 
 
 def _backends(forms: list[str | BackendForm]) -> list[Backend]:

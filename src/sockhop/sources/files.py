@@ -1,25 +1,39 @@
 """Desired state from manifest files: the compact form and Kubernetes objects, together."""
 
 import gc
+import os
+import time
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from errno import EISDIR
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import msgspec
-from msgspec import UNSET, UnsetType
 
 from sockhop.errors import InputError
-from sockhop.model import Desired, Frontend, Protocol, Service
-from sockhop.sources.compact import CompactClaim, read_compact
-from sockhop.sources.documents import Document, read_documents
-from sockhop.sources.fields import FieldError, FieldPath, shown
-from sockhop.sources.kubernetes_join import Cluster, ClusterClaim
+from sockhop.model import Desired
+from sockhop.sources.merge import Merger
+from sockhop.sources.parts import Part, read_part
+from sockhop.sources.paths import (
+    FileStamp,
+    is_manifest_name,
+    list_manifests,
+    look_at,
+    printable,
+    unreadable,
+)
 
-__all__ = ["Loaded", "load"]
+__all__ = ["FileSource", "Loaded", "load"]
 
-_LATEST = datetime.max.replace(tzinfo=UTC)
+_TICK = 20_000_000
+"""Nanoseconds in which a file may change twice and keep its times: two jiffies at most
+(Documentation/filesystems/multigrain-ts.rst)."""
+
+_COARSE_TICK = 2_000_000_000
+"""The same where a file system has whole seconds only, or every other one (FAT)."""
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -29,28 +43,140 @@ class Loaded(msgspec.Struct, frozen=True):
     warnings: tuple[str, ...]
 
 
-class _Head(msgspec.Struct, rename="camel"):
-    """What tells Kubernetes objects from the compact form, which has neither."""
+class _Known(NamedTuple):
+    """A file as read; without a stamp it is read again at the next look."""
 
-    api_version: str | UnsetType = UNSET
-    kind: str | UnsetType = UNSET
+    stamp: FileStamp | None
+    part: Part
+
+
+class FileSource:
+    """Manifests in files and directories, read again only where they differ.
+
+    It keeps what each file says, not the files' text: about as much as the services themselves.
+    """
+
+    def __init__(self, paths: Sequence[Path], *, node_name: str = "") -> None:
+        """*node_name*: the Kubernetes node whose endpoints `internalTrafficPolicy: Local` keeps.
+
+        Without it they all stay, with a warning. Raises InputError where there are no paths.
+        """
+        if not paths:
+            raise InputError("no file or directory of manifests is given")
+        self._paths = [os.fspath(path) for path in paths]
+        self._merger = Merger(node_name)
+        self._files: dict[str, list[str]] = {}
+        self._directories: set[str] = set()
+        self._known: dict[str, _Known] = {}
+        self._parts: list[Part] = []
+        self._loaded: Loaded | None = None
+
+    def load(self, touched: Iterable[Path] | None = None) -> Loaded:
+        """Return what the files say now.
+
+        *touched*: the files that may differ since the last load, as `FileWatcher.take_touched`
+        has them; None for any of them.
+
+        Services are sorted by name; frontends and backends stay in the order of the manifest.
+        Frontends are unique: of two Kubernetes Services the older keeps one that both have.
+        A service that is as it was at the last load is the same object.
+        Raises InputError, which names file, line, document and field, for anything that cannot be
+        read or believed; nothing is ever read in part.
+        """
+        with _collector_paused():
+            # Until this has gone well, the next load has to look everywhere.
+            loaded, self._loaded = self._loaded, None
+            if touched is None or loaded is None or not self._look_at(touched):
+                self._look_everywhere()
+            files = dict.fromkeys(chain.from_iterable(self._files.values()))
+            parts = [self._known[file].part for file in files]
+            if loaded is None or parts != self._parts:
+                services, warnings = self._merger.merge(parts)
+                loaded, self._parts = Loaded(Desired(services), warnings), parts
+            self._loaded = loaded
+            return loaded
+
+    def _look_everywhere(self) -> None:
+        """Bring all that is known up to date, and forget what is gone."""
+        self._files, self._directories = {}, set()
+        for path in self._paths:
+            names = list_manifests(path)
+            if names is None:
+                self._files[path] = [path]
+            else:
+                self._files[path] = [_join(path, name) for name in names]
+                self._directories.add(path)
+        files = set(chain.from_iterable(self._files.values()))
+        self._known = {file: known for file, known in self._known.items() if file in files}
+        for path, found in self._files.items():
+            self._files[path] = [file for file in found if self._refresh(file, file != path)]
+            if not self._files[path]:
+                raise InputError(
+                    f"{printable(path)}: found no manifest in the directory, "
+                    "expected files named *.yaml, *.yml or *.json"
+                )
+
+    def _look_at(self, touched: Iterable[Path]) -> bool:
+        """The same for a few manifests of directories; return whether that was all of it.
+
+        It was not where one has a fault: of several the first, in order, is to be told.
+        """
+        for file in map(os.fspath, touched):
+            directory, name = os.path.split(file)
+            directory = directory or "."
+            if directory not in self._directories or not is_manifest_name(name):
+                return False
+            found = self._files[directory]
+            index = bisect_left(found, file)
+            was_there = found[index : index + 1] == [file]
+            try:
+                is_there = self._refresh(file, listed=True)
+            except InputError:
+                return False
+            if is_there and not was_there:
+                found.insert(index, file)
+            elif was_there and not is_there:
+                del found[index]
+        return all(self._files.values())
+
+    def _refresh(self, file: str, listed: bool) -> bool:
+        """Read a file if it differs; return whether there is one.
+
+        *listed*: it is one of a directory, so that none is no error.
+        """
+        now = time.time_ns()
+        try:
+            stamp = look_at(file)
+            if stamp is None and not listed:
+                raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
+        except OSError as error:
+            # A link that leads nowhere is an error, a file that has just gone is none.
+            if not listed or os.path.lexists(file):
+                raise unreadable(file, error) from None
+            stamp = None
+        known = self._known.get(file)
+        if stamp is None:
+            self._known.pop(file, None)
+        elif known is None or known.stamp != stamp:
+            part = read_part(file, known.part if known else None)
+            self._known[file] = _Known(None if _is_fresh(stamp, now) else stamp, part)
+        return stamp is not None
 
 
 def load(paths: Sequence[Path], *, node_name: str = "") -> Loaded:
-    """Read manifests from files and directories.
+    """Read manifests from files and directories, once (see :class:`FileSource`)."""
+    return FileSource(paths, node_name=node_name).load()
 
-    *node_name*: the Kubernetes node whose endpoints `internalTrafficPolicy: Local` keeps;
-    without it they all stay, with a warning.
 
-    Services are sorted by name; frontends and backends stay in the order of the manifest.
-    Frontends are unique: of two Kubernetes Services the older keeps one that both have.
-    Raises InputError, which names file, line, document and field, for anything that cannot be
-    read or believed; nothing is ever read in part.
-    """
-    if not paths:
-        raise InputError("no file or directory of manifests is given")
-    with _collector_paused():
-        return _load(paths, node_name)
+def _is_fresh(stamp: FileStamp, now: int) -> bool:
+    """Whether a file could change from *now* on and have the same times again."""
+    tick = _TICK if stamp.changed % 1_000_000_000 else _COARSE_TICK
+    return abs(now - stamp.changed) < tick
+
+
+def _join(directory: str, name: str) -> str:
+    """As `Path(directory, name)` writes it."""
+    return name if directory == "." else os.path.join(directory, name)  # noqa: PTH118
 
 
 @contextmanager
@@ -63,133 +189,3 @@ def _collector_paused() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _load(paths: Sequence[Path], node_name: str) -> Loaded:
-    warnings: list[str] = []
-    compact: list[CompactClaim] = []
-    cluster = Cluster(node_name, warnings)
-    unknown: dict[tuple[str, str], int] = {}
-    for document in read_documents(paths):
-        compact += _sort(document, cluster, unknown, warnings)
-    for (file, kind), count in unknown.items():
-        objects = "1 object" if count == 1 else f"{count} objects"
-        verb = "is" if count == 1 else "are"
-        warnings.append(
-            f"{file}: {objects} of kind {kind} {verb} ignored: "
-            "sockhop reads v1 Service and discovery.k8s.io/v1 EndpointSlice"
-        )
-    services = _merge(compact, cluster.services(), warnings)
-    return Loaded(Desired(tuple(services)), tuple(warnings))
-
-
-def _sort(
-    document: Document,
-    cluster: Cluster,
-    unknown: dict[tuple[str, str], int],
-    warnings: list[str],
-) -> Iterable[CompactClaim]:
-    """Return the services of a compact document; give anything else to where it belongs."""
-    head = document.decode(_Head)
-    if head.api_version is UNSET and head.kind is UNSET:
-        return read_compact(document, warnings)
-    if (head.api_version, head.kind) == ("v1", "List"):
-        for item in document.items():
-            _add_object(item, item.decode(_Head), cluster, unknown)
-    else:
-        _add_object(document, head, cluster, unknown)
-    return ()
-
-
-def _add_object(
-    document: Document, head: _Head, cluster: Cluster, unknown: dict[tuple[str, str], int]
-) -> None:
-    for key, value in (("apiVersion", head.api_version), ("kind", head.kind)):
-        if value is UNSET:
-            raise document.error(FieldError("nothing", f"the object's {key}", path=(key,)))
-    if (head.api_version, head.kind) == ("v1", "Service"):
-        cluster.add_service(document)
-    elif (head.api_version, head.kind) == ("discovery.k8s.io/v1", "EndpointSlice"):
-        cluster.add_slice(document)
-    else:
-        what = (document.file, f"{shown(head.kind)} ({shown(head.api_version)})")
-        unknown[what] = unknown.get(what, 0) + 1
-
-
-class _Owner(NamedTuple):
-    """Where a frontend stands, and whose it is."""
-
-    service: str
-    document: Document
-    path: FieldPath
-    is_compact: bool
-
-
-_Owners: TypeAlias = dict[tuple[str, int, Protocol], _Owner]
-
-
-def _merge(
-    compact: list[CompactClaim], cluster: Iterable[ClusterClaim], warnings: list[str]
-) -> list[Service]:
-    """Return all services by name, with each frontend in one of them. Raises InputError."""
-    services: dict[str, Service] = {}
-    owners: _Owners = {}
-    names: dict[str, CompactClaim] = {}
-    for claim in compact:
-        first = names.setdefault(claim.service.name, claim)
-        if first is not claim:
-            raise _name_twice(claim, first.document.place((*first.path, "name")))
-        _claim_compact(claim, owners)
-        services[claim.service.name] = claim.service
-    for cluster_claim in sorted(cluster, key=_age):
-        name = cluster_claim.service.name
-        if name in names:
-            raise _name_twice(names[name], cluster_claim.document.place(("metadata", "name")))
-        if frontends := tuple(_claim_cluster(cluster_claim, owners, warnings)):
-            services[name] = msgspec.structs.replace(cluster_claim.service, frontends=frontends)
-    return [services[name] for name in sorted(services)]
-
-
-def _claim_compact(claim: CompactClaim, owners: _Owners) -> None:
-    service, document, _, paths = claim
-    for frontend, path in zip(service.frontends, paths, strict=True):
-        owner = _Owner(service.name, document, path, is_compact=True)
-        first = owners.setdefault(frontend.key, owner)
-        if first is not owner:
-            raise _frontend_twice(frontend, owner, first)
-
-
-def _claim_cluster(claim: ClusterClaim, owners: _Owners, warnings: list[str]) -> Iterator[Frontend]:
-    """Return the frontends that no older Service has."""
-    service, document, _ = claim
-    for frontend in service.frontends:
-        owner = _Owner(service.name, document, (), is_compact=False)
-        first = owners.setdefault(frontend.key, owner)
-        if first is owner:
-            yield frontend
-        elif first.is_compact:
-            raise _frontend_twice(frontend, first, owner)
-        else:
-            same = first.service == service.name
-            reason = "it is there twice" if same else f"the older Service {first.service} has it"
-            warnings.append(
-                f"{document.file}: Service {service.name}: "
-                f"frontend {frontend} ({frontend.type}) is ignored: {reason}"
-            )
-
-
-def _age(claim: ClusterClaim) -> tuple[datetime, str]:
-    return claim.created or _LATEST, claim.service.name
-
-
-def _name_twice(claim: CompactClaim, elsewhere: str) -> InputError:
-    name = shown(claim.service.name)
-    error = FieldError(f"{name}, which is at {elsewhere} too", "a name of its own")
-    return claim.document.error(error.under(*claim.path, "name"))
-
-
-def _frontend_twice(frontend: Frontend, owner: _Owner, first: _Owner) -> InputError:
-    where = first.document.place(first.path)
-    found = f"{frontend}, which {first.service} has too ({where})"
-    error = FieldError(found, "a frontend of its own", path=owner.path)
-    return owner.document.error(error)

@@ -5,10 +5,10 @@ KEP-1860 (ipMode), KEP-2086 (internalTrafficPolicy), and kube-proxy's choice of 
 (kubernetes/pkg/proxy).
 """
 
-from collections.abc import Iterator
-from datetime import datetime
-from typing import NamedTuple, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeAlias, TypeVar
 
+from sockhop.errors import InputError
 from sockhop.model import (
     BACKENDS_MAX,
     Backend,
@@ -18,36 +18,15 @@ from sockhop.model import (
     Protocol,
     Service,
 )
-from sockhop.sources.annotations import read_annotations
-from sockhop.sources.compact import AFFINITY_DEFAULT
-from sockhop.sources.documents import Document
+from sockhop.sources.compact import AFFINITY_DEFAULT, FrontendKeys
+from sockhop.sources.documents import Place
 from sockhop.sources.fields import FieldError, FieldPath, parse_host, shown
-from sockhop.sources.kubernetes_objects import (
-    Ingress,
-    Labels,
-    ServiceObject,
-    ServicePort,
-    ServiceSpec,
-    SliceObject,
-)
+from sockhop.sources.kubernetes_objects import Ingress, ServicePort, ServiceSpec
+from sockhop.sources.kubernetes_read import ClusterService, ClusterSlice
 
-__all__ = ["Cluster", "ClusterClaim"]
+__all__ = ["ClusterClaim", "Joiner"]
 
-
-class ClusterClaim(NamedTuple):
-    """A service, where it comes from, and when its object was made."""
-
-    service: Service
-    document: Document
-    created: datetime | None
-
-
-class _Host(NamedTuple):
-    """An endpoint that serves; `node` is where it runs."""
-
-    address: str
-    state: BackendState
-    node: str | None
+_T = TypeVar("_T", ClusterService, ClusterSlice)
 
 
 class _Member(NamedTuple):
@@ -62,85 +41,124 @@ _Members: TypeAlias = dict[tuple[_PortKey, bool], dict[tuple[str, int], _Member]
 """By port and whether it is IPv6, then by address and port number."""
 
 
-class Cluster:
-    """The Kubernetes objects of all files; services() joins them once all are added.
+class ClusterClaim(NamedTuple):
+    """What became of a Service and its slices.
 
-    What is ignored goes to *warnings*. Every method raises InputError.
+    `service` is None where there is nothing to balance; `keys` are those of its frontends;
+    `warnings` say what is ignored, and why.
     """
 
-    def __init__(self, node_name: str, warnings: list[str]) -> None:
+    found: ClusterService
+    slices: list[ClusterSlice]
+    service: Service | None
+    keys: FrontendKeys
+    warnings: tuple[str, ...]
+
+
+class Joiner:
+    """Joins Services with their slices; each anew only when one of its objects differs."""
+
+    def __init__(self, node_name: str) -> None:
         """*node_name*: whose endpoints are local, "" if that is not known."""
         self._node_name = node_name
-        self._warnings = warnings
-        self._services: dict[str, tuple[ServiceObject, Document]] = {}
-        self._slices: dict[str, tuple[SliceObject, Document]] = {}
+        self._claims: dict[str, ClusterClaim] = {}
 
-    def add_service(self, document: Document) -> None:
-        """Add a core/v1 Service."""
-        found = document.decode(ServiceObject)
-        _, first = self._services.setdefault(found.name, (found, document))
-        if first is not document:
-            raise _twice(document, f"Service {found.name}", first)
+    def join(
+        self,
+        services: Iterable[ClusterService],
+        slices: Iterable[ClusterSlice],
+        warnings: list[str],
+    ) -> Iterable[ClusterClaim]:
+        """Return what became of each Service, in their order. Raises InputError.
 
-    def add_slice(self, document: Document) -> None:
-        """Add a discovery.k8s.io/v1 EndpointSlice."""
-        found = document.decode(SliceObject)
-        _, first = self._slices.setdefault(found.name, (found, document))
-        if first is not document:
-            raise _twice(document, f"EndpointSlice {found.name}", first)
+        Slices that are ignored go to *warnings*.
+        """
+        by_name = _by_name("Service", services)
+        groups = _group(by_name, _by_name("EndpointSlice", slices).values(), warnings)
+        claims: dict[str, ClusterClaim] = {}
+        for name, found in by_name.items():
+            claim = self._claims.get(name)
+            if claim is None or claim.found != found or claim.slices != groups[name]:
+                claim = self._claim(found, groups[name], claim)
+            claims[name] = claim
+        self._claims = claims
+        return claims.values()
 
-    def services(self) -> Iterator[ClusterClaim]:
-        """Join them. A Service without an address and port of its own is left out."""
-        slices = self._slices_by_service()
-        for name, (found, document) in self._services.items():
-            if reason := _ignored_service(found):
-                self._ignore(document, f"Service {name}", reason)
-                continue
-            join = _Join(found, _members(slices.get(name, ())), self._node_name)
-            try:
-                wishes = read_annotations(found.metadata.annotations or {})
-                frontends = tuple(join.frontends())
-                remarks = [*wishes.remarks, *join.remarks(frontends)]
-            except FieldError as error:
-                raise document.error(error) from None
-            self._warnings += (f"{document.file}: Service {name}: {text}" for text in remarks)
-            if frontends:
-                service = Service(
-                    name,
-                    frontends,
-                    wishes.algorithm,
-                    _affinity(found.spec),
-                    reserve=wishes.reserve,
-                )
-                yield ClusterClaim(service, document, found.metadata.creation_timestamp)
-            else:
-                reason = "it has no address that clients could dial, or no port"
-                self._ignore(document, f"Service {name}", reason)
+    def _claim(
+        self, found: ClusterService, slices: list[ClusterSlice], before: ClusterClaim | None
+    ) -> ClusterClaim:
+        if found.ignored:
+            return _ignore(found, slices, found.ignored)
+        join = _Join(found, _members(slices), self._node_name)
+        try:
+            frontends = tuple(join.frontends())
+        except FieldError as error:
+            raise found.place.error(error) from None
+        remarks = [*found.wishes.remarks, *join.remarks(frontends)]
+        if not frontends:
+            return _ignore(
+                found, slices, "it has no address that clients could dial, or no port", remarks
+            )
+        service = Service(
+            found.name,
+            frontends,
+            found.wishes.algorithm,
+            _affinity(found.spec),
+            reserve=found.wishes.reserve,
+        )
+        if before and before.service == service:
+            service = before.service
+        keys = frozenset(frontend.key for frontend in frontends)
+        return ClusterClaim(found, slices, service, keys, _warnings(found, remarks))
 
-    def _slices_by_service(self) -> dict[str, list[tuple[SliceObject, Document]]]:
-        slices: dict[str, list[tuple[SliceObject, Document]]] = {}
-        for name, (found, document) in self._slices.items():
-            reason = _ignored_labels(found.metadata.labels)
-            if not found.service:
-                reason = "it has no label kubernetes.io/service-name"
-            elif found.service not in self._services:
-                reason = f"there is no Service {shown(found.service)}"
-            elif found.address_type == "FQDN":
-                reason = "its addressType is FQDN and a backend needs an address"
-            if reason:
-                self._ignore(document, f"EndpointSlice {shown(name)}", reason)
-            else:
-                slices.setdefault(found.service, []).append((found, document))
-        return slices
 
-    def _ignore(self, document: Document, what: str, reason: str) -> None:
-        self._warnings.append(f"{document.file}: {what} is ignored: {reason}")
+def _by_name(kind: str, objects: Iterable[_T]) -> dict[str, _T]:
+    """Return objects by name. Raises InputError for one that is there twice."""
+    by_name: dict[str, _T] = {}
+    for found in objects:
+        first = by_name.setdefault(found.name, found)
+        if first is not found:
+            raise _twice(found.place, f"{kind} {found.name}", first.place)
+    return by_name
+
+
+def _group(
+    services: Mapping[str, ClusterService], slices: Iterable[ClusterSlice], warnings: list[str]
+) -> dict[str, list[ClusterSlice]]:
+    """Return the slices of each Service; those that are ignored go to *warnings*."""
+    groups: dict[str, list[ClusterSlice]] = {name: [] for name in services}
+    for found in slices:
+        group = groups.get(found.service)
+        if group is not None and not found.ignored:
+            group.append(found)
+            continue
+        if not found.service:
+            reason = "it has no label kubernetes.io/service-name"
+        elif group is None:
+            reason = f"there is no Service {shown(found.service)}"
+        else:
+            reason = found.ignored
+        what = f"EndpointSlice {shown(found.name)}"
+        warnings.append(f"{found.place.file}: {what} is ignored: {reason}")
+    return groups
+
+
+def _ignore(
+    found: ClusterService, slices: list[ClusterSlice], reason: str, remarks: Sequence[str] = ()
+) -> ClusterClaim:
+    warnings = _warnings(found, remarks)
+    last = f"{found.place.file}: Service {found.name} is ignored: {reason}"
+    return ClusterClaim(found, slices, None, frozenset(), (*warnings, last))
+
+
+def _warnings(found: ClusterService, remarks: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"{found.place.file}: Service {found.name}: {text}" for text in remarks)
 
 
 class _Join:
     """One Service with the members of its slices."""
 
-    def __init__(self, found: ServiceObject, members: _Members, node_name: str) -> None:
+    def __init__(self, found: ClusterService, members: _Members, node_name: str) -> None:
         self._found = found
         self._ports = found.spec.ports or []
         self._members = members
@@ -170,7 +188,7 @@ class _Join:
         """Say what of the Service has no effect, and why."""
         spec = self._found.spec
         yield from _remarks_on_ports(self._ports)
-        yield from _remarks_on_ingress(_ingress(self._found))
+        yield from _remarks_on_ingress(self._found.ingress)
         if spec.load_balancer_source_ranges:
             yield "loadBalancerSourceRanges is ignored: sockhop serves the clients on its node"
         if spec.traffic_distribution:
@@ -206,20 +224,16 @@ class _Join:
                 yield f"frontend {frontend} has no backend: its endpoints are {other}, not {family}"
 
 
-def _members(slices: tuple[()] | list[tuple[SliceObject, Document]]) -> _Members:
+def _members(slices: Iterable[ClusterSlice]) -> _Members:
     """Return the endpoints that serve; one that is in several slices counts once."""
     members: _Members = {}
-    for found, document in slices:
-        try:
-            hosts = _hosts(found)
-        except FieldError as error:
-            raise document.error(error) from None
-        for port in found.ports or ():
+    for found in slices:
+        for port in found.ports:
             if port.port is None or port.protocol == "SCTP":
                 continue
             key = _port_key(port.name, port.protocol)
-            group = members.setdefault((key, found.address_type == "IPv6"), {})
-            for address, state, node in hosts:
+            group = members.setdefault((key, found.ipv6), {})
+            for address, state, node in found.hosts:
                 known = group.get((address, port.port))
                 if known is None or (
                     known.backend.state is not BackendState.ACTIVE and state is BackendState.ACTIVE
@@ -228,23 +242,7 @@ def _members(slices: tuple[()] | list[tuple[SliceObject, Document]]) -> _Members
     return members
 
 
-def _hosts(found: SliceObject) -> list[_Host]:
-    """Return the endpoints that serve. Raises FieldError for an address of another type."""
-    hosts = []
-    for index, endpoint in enumerate(found.endpoints or ()):
-        text = endpoint.addresses[0]
-        address = parse_host(text)
-        if not address or (":" in address) != (found.address_type == "IPv6"):
-            path = ("endpoints", index, "addresses", 0)
-            raise FieldError(shown(text), f"an {found.address_type} address", path=path)
-        conditions = endpoint.conditions
-        state = conditions.state if conditions else BackendState.ACTIVE
-        if state is not None:
-            hosts.append(_Host(address, state, endpoint.node_name))
-    return hosts
-
-
-def _addresses(found: ServiceObject) -> Iterator[tuple[str, FrontendType]]:
+def _addresses(found: ClusterService) -> Iterator[tuple[str, FrontendType]]:
     """Return the addresses that clients dial. Raises FieldError."""
     spec = found.spec
     texts: list[tuple[str, FrontendType, FieldPath]] = []
@@ -255,7 +253,7 @@ def _addresses(found: ServiceObject) -> Iterator[tuple[str, FrontendType]]:
         texts.append((spec.cluster_ip, FrontendType.CLUSTER_IP, ("spec", "clusterIP")))
     for index, text in enumerate(spec.external_ips or ()):
         texts.append((text, FrontendType.EXTERNAL_IP, ("spec", "externalIPs", index)))
-    for index, ingress in enumerate(_ingress(found)):
+    for index, ingress in enumerate(found.ingress):
         if ingress.ip and ingress.ip_mode != "Proxy":
             place = ("status", "loadBalancer", "ingress", index, "ip")
             texts.append((ingress.ip, FrontendType.LOAD_BALANCER, place))
@@ -264,29 +262,6 @@ def _addresses(found: ServiceObject) -> Iterator[tuple[str, FrontendType]]:
         if not address:
             raise FieldError(shown(text), "an IPv4 or IPv6 address", path=path)
         yield address, kind
-
-
-def _ingress(found: ServiceObject) -> list[Ingress]:
-    balancer = found.status.load_balancer if found.status else None
-    return (balancer.ingress if balancer else None) or []
-
-
-def _ignored_service(found: ServiceObject) -> str:
-    """Say why kube-proxy passes this Service over; "" if it does not."""
-    if found.spec.type == "ExternalName":
-        return "its type is ExternalName, a matter for DNS"
-    if "None" in (found.spec.cluster_ip, *(found.spec.cluster_ips or ())):
-        return "it is headless (clusterIP None)"
-    return _ignored_labels(found.metadata.labels)
-
-
-def _ignored_labels(labels: Labels | None) -> str:
-    # A label's presence counts, not its value.
-    if labels and labels.proxy_name is not None:
-        return "its label service.kubernetes.io/service-proxy-name gives it to another proxy"
-    if labels and labels.headless is not None:
-        return "its label service.kubernetes.io/headless says that no proxy serves it"
-    return ""
 
 
 def _remarks_on_ports(ports: list[ServicePort]) -> Iterator[str]:
@@ -299,7 +274,7 @@ def _remarks_on_ports(ports: list[ServicePort]) -> Iterator[str]:
             yield f"port {port.port}/SCTP is ignored: sockhop balances TCP and UDP"
 
 
-def _remarks_on_ingress(ingresses: list[Ingress]) -> Iterator[str]:
+def _remarks_on_ingress(ingresses: Iterable[Ingress]) -> Iterator[str]:
     for ingress in ingresses:
         if ingress.ip and ingress.ip_mode == "Proxy":
             yield f"load balancer address {shown(ingress.ip)} is ignored: its ipMode is Proxy"
@@ -322,8 +297,8 @@ def _port_key(name: str | None, protocol: str | None) -> _PortKey:
     return name or "", Protocol(protocol or "TCP")
 
 
-def _twice(document: Document, what: str, first: Document) -> Exception:
+def _twice(place: Place, what: str, first: Place) -> InputError:
     error = FieldError(
-        f"{what}, which is at {first.place()} too", "each object once", path=("metadata", "name")
+        f"{what}, which is at {first.title()} too", "each object once", path=("metadata", "name")
     )
-    return document.error(error)
+    return place.error(error)

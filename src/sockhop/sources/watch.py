@@ -2,8 +2,9 @@
 
 Watched are the directories on the way to each path, through every symbolic link, so that a
 rename over a file, a file that comes later and the `..data` swap of a ConfigMap volume are
-seen; and the named files themselves, which may be written under another name. Not seen: a
-file system that is mounted over one of the directories.
+seen; and the named files themselves, which may be written under another name. A directory of
+manifests takes one watch, and one more for each symbolic link in it. Not seen: a file system
+that is mounted over one of the directories.
 """
 
 import ctypes
@@ -18,7 +19,7 @@ from types import TracebackType
 from typing import Self
 
 from sockhop.errors import SystemLackError
-from sockhop.sources.documents import is_manifest_name
+from sockhop.sources.paths import is_manifest_name
 
 __all__ = ["FileWatcher"]
 
@@ -48,16 +49,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class _Watch:
     """Events to ask for, and the names in a directory that they must have to matter.
 
+    `manifests`: the paths, as given, of this directory, if all manifests in it matter.
     An event without a name is about the watched file or directory itself and always matters.
     """
 
     mask: int = 0
     names: set[str] = field(default_factory=set)
-    manifests: bool = False
-
-    def concerns(self, name: str) -> bool:
-        """Whether an event with this name matters."""
-        return not name or name in self.names or (self.manifests and is_manifest_name(name))
+    manifests: set[Path] = field(default_factory=set)
 
     def add(self, other: "_Watch") -> None:
         """Watch for what *other* watches for, too."""
@@ -70,12 +68,13 @@ class FileWatcher:
     """Watches files and directories, be they there yet or not. Close it, or use `with`.
 
     When fileno() is readable, call changed(). To miss nothing, read the files once after the
-    watcher is made, and again whenever changed() says so.
+    watcher is made, and again whenever changed() says so; take_touched() says which.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         """Raises SystemLackError if the kernel gives no inotify instance or too few watches."""
-        self._paths = [Path.cwd() / path for path in paths]
+        self._paths = {path: Path.cwd() / path for path in paths}
+        self._touched: set[Path] | None = None
         self._watches: dict[int, _Watch] = {}
         self._fd = int(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
         if self._fd < 0:
@@ -110,17 +109,36 @@ class FileWatcher:
     def changed(self) -> bool:
         """Take what has happened; return whether a watched file may differ. Never waits.
 
-        Raises SystemLackError if there are too few watches for what is there now.
+        Raises SystemLackError if there are too few watches for what is there now; then, too, a
+        file may differ.
         """
-        matters = rearm = False
+        touched: set[Path] = set()
+        elsewhere = rearm = False
         for number, mask, name in self._events():
             watch = self._watches.get(number)
-            if mask & _Q_OVERFLOW or (watch and watch.concerns(name)):
-                matters = True
+            if watch and watch.manifests and is_manifest_name(name) and name not in watch.names:
+                touched |= {directory / name for directory in watch.manifests}
+            elif mask & _Q_OVERFLOW or (watch and (not name or name in watch.names)):
+                elsewhere = True
                 rearm |= bool(mask & ~(_MODIFY | _CLOSE_WRITE))
+        # What has become a link leads elsewhere; those that were links are among the names.
+        if any(_is_link(path) for path in touched):
+            elsewhere = rearm = True
+        if elsewhere:
+            self._touched = None
+        elif self._touched is not None:
+            self._touched |= touched
         if rearm:
             self._arm()
-        return matters
+        return elsewhere or bool(touched)
+
+    def take_touched(self) -> frozenset[Path] | None:
+        """Return the files that may differ since the last call, None for any (at first, too).
+
+        They are manifests in the directories that are watched, be they there or not.
+        """
+        touched, self._touched = self._touched, set()
+        return None if touched is None else frozenset(touched)
 
     def _events(self) -> Iterator[tuple[int, int, str]]:
         """Watch number, mask and name of what has happened."""
@@ -142,9 +160,10 @@ class FileWatcher:
         before: dict[Path, _Watch] = {}
         for _ in range(_ARM_TRIES):
             wanted: dict[Path, _Watch] = {}
-            for path in self._paths:
-                if directory := _follow(path, wanted):
+            for path, absolute in self._paths.items():
+                if directory := _follow(absolute, wanted):
                     _follow_entries(directory, wanted)
+                    wanted[directory].manifests.add(path)
             if wanted == before:
                 return
             self._watch(wanted)
@@ -199,7 +218,7 @@ def _follow(path: Path, wanted: dict[Path, _Watch]) -> Path | None:
 
 def _follow_entries(directory: Path, wanted: dict[Path, _Watch]) -> None:
     """Add a directory's manifests; those that are symbolic links lead elsewhere."""
-    _want(wanted, directory, _DIRECTORY | _FILE).manifests = True
+    _want(wanted, directory, _DIRECTORY | _FILE)
     try:
         with os.scandir(directory) as entries:
             links = [e.name for e in entries if is_manifest_name(e.name) and e.is_symlink()]
@@ -207,6 +226,13 @@ def _follow_entries(directory: Path, wanted: dict[Path, _Watch]) -> None:
         return
     for name in sorted(links):
         _follow(directory / name, wanted)
+
+
+def _is_link(path: Path) -> bool:
+    try:
+        return stat.S_ISLNK(path.lstat().st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def _want(wanted: dict[Path, _Watch], path: Path, mask: int) -> _Watch:
