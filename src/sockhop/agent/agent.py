@@ -76,7 +76,9 @@ def run_agent(options: AgentOptions) -> None:
                 started_at=time.time(),
                 cgroup=str(options.cgroup),
                 bpffs=str(options.pins),
-                source=SourceState([str(path) for path in options.paths], options.node_name),
+                source=SourceState(
+                    [str(path) for path in options.paths], options.node_name, options.coexist
+                ),
             )
             agent = _Agent(options, sources, balancer, installer, state)
             agent.sync.note_source(first)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sockhop.agent.client import RunningAgent
+from sockhop.agent.coexist import Coexistence
 from sockhop.agent.places import PlaceFinder
 from sockhop.agent.target import Target, expand
 from sockhop.errors import InputError
@@ -27,10 +28,13 @@ class Wanted(NamedTuple):
 def want(paths: Sequence[Path], agent: RunningAgent | None, node_name: str = "") -> Wanted:
     """Return what the manifests at *paths* ask for.
 
-    Loopback is local to the network namespace of *agent*, or of this thread where none runs.
-    InputError where the manifests cannot be read.
+    Loopback is local to the network namespace of *agent*, and what that leaves to another tool is
+    left out; where none runs, this thread's namespace counts. InputError where the manifests
+    cannot be read.
     """
     loaded = load(paths, node_name=node_name)
+    if agent is not None and agent.state.source.coexist:
+        loaded = Coexistence().leave_out(loaded)
     target = expand(loaded.desired, _home(agent), PlaceFinder().find(loaded.desired))
     return Wanted(target, loaded.warnings)
 

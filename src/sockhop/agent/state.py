@@ -15,6 +15,7 @@ class SourceState(msgspec.Struct):
 
     paths: list[str]
     node_name: str = ""
+    coexist: bool = False
     good_at: float = 0.0
     error: str = ""
     error_at: float = 0.0

@@ -25,6 +25,7 @@ _COMMANDS = {
     "plan": "Print what an agent would change.",
     "render": "Print the desired state that manifests describe.",
     "status": "Say whether and how balancing works here.",
+    "verify": "Compare what should be, what is installed and what sockets do.",
 }
 
 

@@ -10,6 +10,7 @@ __all__ = [
     "ALGORITHMS",
     "ALWAYS_KEEP",
     "BLOCK_ENTRIES",
+    "COUNTED_LIVE",
     "FRONTEND_TYPES",
     "REASONS",
     "STATES",
@@ -44,6 +45,9 @@ STATES = tuple(BackendState)
 FRONTEND_TYPES = tuple(FrontendType)
 ALGORITHMS = tuple(Algorithm)
 REASONS = (*Algorithm, "session affinity")
+
+COUNTED_LIVE = 1
+"""Set in `counted` of a provenance whose socket is in the live index."""
 
 BLOCK_ENTRIES = 128
 """Positions of slots in one block of a table."""

@@ -33,6 +33,11 @@ class BalancedSocket(NamedTuple):
         return (socket.remote_address, socket.remote_port) == there and self.state != "UNCONN"
 
     @property
+    def is_open(self) -> bool:
+        """Whether it has not been closed. TCP then says goodbye, UDP waits for a grace period."""
+        return bool(self.socket.inode)
+
+    @property
     def state(self) -> str:
         """The socket's state as ss names it."""
         return TCP_STATES[self.socket.state - 1]
@@ -64,9 +69,12 @@ class Sockets:
 
         A socket that is opened or closed meanwhile may be missed.
         """
+        return [socket for socket in self.remembered() if socket.current]
+
+    def remembered(self) -> list[BalancedSocket]:
+        """Return all sockets that have a provenance, as :meth:`balanced` does."""
         records = self._records.decode_many(self._visit("sockhop_sockets"))
-        found = [BalancedSocket(self._provenances.decode(r.provenance), r) for r in records]
-        return [socket for socket in found if socket.current]
+        return [BalancedSocket(self._provenances.decode(r.provenance), r) for r in records]
 
     def settle(self) -> None:
         """Uncount the sockets that have left their backend where no hook saw it."""
