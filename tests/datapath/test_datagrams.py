@@ -1,0 +1,306 @@
+"""Unconnected UDP: a backend for each socket and frontend, and answers that come from there."""
+
+import errno
+import socket
+import struct
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from sockhop.datapath.records import Total
+from sockhop.model import Algorithm, Backend, BackendState, Service
+from tests.datapath.node import Node, backend, service
+from tests.datapath.udp import FORMS, RECEIVERS, Answer, Echoes, Request, both, udp
+
+pytestmark = pytest.mark.kernel
+
+forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+receivers = pytest.mark.parametrize("receive", RECEIVERS.values(), ids=RECEIVERS)
+
+
+@pytest.fixture(scope="module")
+def echoes(node: Node) -> Iterator[Echoes]:
+    with Echoes(8) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def _fresh_services(node: Node) -> None:
+    node.install()
+
+
+def at(number: int, *backends: object, **fields: object) -> Service:
+    """A service at the numbered address of both families."""
+    frontends = (f"10.9.0.{number}:53/udp", f"[fd00:9::{number}]:53/udp")
+    return service(f"s{number}", *frontends, backends=backends, **fields)
+
+
+def given(*numbers: int, **fields: object) -> tuple[Backend, ...]:
+    """Backends with more than their address."""
+    return tuple(backend(text, **fields) for text in both(*numbers))
+
+
+def counts(node: Node, form: str, number: int) -> tuple[int, int]:
+    """connects and no_backend of the frontend that the form dials."""
+    host = form.format(number).removeprefix("::ffff:")
+    return node.counters(f"[{host}]:53/udp" if ":" in host else f"{host}:53/udp")
+
+
+# --- there and back --------------------------------------------------------------------------
+
+
+@forms
+@receivers
+def test_the_answer_comes_from_the_frontend(
+    node: Node, echoes: Echoes, form: str, receive: Callable[[socket.socket], tuple[str, int]]
+) -> None:
+    node.install(at(1, *both(1, 2)))
+    dialled = form.format(1), 53
+    with udp(form) as client:
+        assert echoes.answer(client, dialled) in (1, 2)
+        assert receive(client) == dialled
+
+
+@forms
+@receivers
+def test_so_it_does_on_a_connected_socket(
+    node: Node, echoes: Echoes, form: str, receive: Callable[[socket.socket], tuple[str, int]]
+) -> None:
+    node.install(at(1, *both(1, 2)))
+    dialled = form.format(1), 53
+    with udp(form) as client:
+        client.connect(dialled)
+        client.send(b"who?")
+        echoes.received().reply()
+        assert receive(client) == dialled
+
+
+TTL = {
+    socket.AF_INET: (socket.IPPROTO_IP, socket.IP_TTL),
+    socket.AF_INET6: (socket.IPPROTO_IPV6, socket.IPV6_HOPLIMIT),
+}
+
+
+@forms
+def test_a_connected_socket_may_send_with_a_ttl(node: Node, echoes: Echoes, form: str) -> None:
+    """The kernel runs sendmsg hooks on that, with no address at all."""
+    node.install(at(1, *both(1, 2)))
+    dialled = form.format(1), 53
+    with udp(form) as client:
+        client.connect(dialled)
+        client.sendmsg([b"who?"], [(*TTL[client.family], struct.pack("=i", 9))])
+        echoes.received().reply()
+        assert client.recvfrom(100)[1][:2] == dialled
+
+
+# --- one backend for a socket and a frontend ----------------------------------------------------
+
+
+def spread(node: Node, echoes: Echoes, form: str) -> None:
+    met = set()
+    for _ in range(40):
+        with udp(form) as client:
+            servers = {echoes.ask(client, form.format(1)).server for _ in range(5)}
+            assert len(servers) == 1
+            met |= servers
+    assert met == {1, 2}
+    # A choice a socket, not a datagram.
+    assert counts(node, form, 1) == (40, 0)
+
+
+@forms
+def test_sockets_spread_and_each_stays(node: Node, echoes: Echoes, form: str) -> None:
+    node.install(at(1, *both(1, 2)))
+    spread(node, echoes, form)
+
+
+@forms
+def test_it_stays_whatever_changes_around_it(node: Node, echoes: Echoes, form: str) -> None:
+    dialled = form.format(1)
+    node.install(at(1, *both(1, 2)))
+    with udp(form) as client:
+        first = echoes.ask(client, dialled)
+        other = 3 - first.server
+        for services in (
+            [at(1, *both(1, 2, 3, 4))],
+            [at(1, *given(other, weight=1000), *both(first.server))],
+            [at(1, *both(1, 2), algorithm=Algorithm.MAGLEV)],
+            [at(1, *both(other), *given(first.server, weight=0))],
+            [at(1, *both(2, 1)), at(2, *both(3))],
+        ):
+            node.install(*services)
+            assert [echoes.ask(client, dialled) for _ in range(5)] == [first] * 5
+
+
+@forms
+@pytest.mark.parametrize(
+    "state",
+    [None, BackendState.TERMINATING, BackendState.QUARANTINED, BackendState.MAINTENANCE],
+    ids=lambda state: state or "removed",
+)
+def test_it_moves_when_its_backend_leaves(
+    node: Node, echoes: Echoes, form: str, state: BackendState | None
+) -> None:
+    dialled = form.format(1)
+    node.install(at(1, *both(1, 2, 3)))
+    with udp(form) as client:
+        first = echoes.ask(client, dialled).server
+        leaves = given(first, state=state) if state else ()
+        others = [n for n in (1, 2, 3) if n != first]
+        node.install(at(1, *both(*others), *leaves))
+        second = echoes.ask(client, dialled)
+        assert second.server in others
+        assert second.source == (dialled, 53)
+        assert {echoes.ask(client, dialled) for _ in range(5)} == {second}
+        # That the first is back is no reason to go.
+        node.install(at(1, *both(1, 2, 3)))
+        assert {echoes.ask(client, dialled) for _ in range(5)} == {second}
+
+
+@forms
+def test_a_late_answer_still_comes_from_the_frontend(node: Node, echoes: Echoes, form: str) -> None:
+    dialled = form.format(1), 53
+    node.install(at(1, *both(1)))
+    with udp(form) as client:
+        client.sendto(b"who?", dialled)
+        late = echoes.received()
+        for following in (2, 3):
+            node.install(at(1, *both(following)))
+            assert echoes.ask(client, *dialled) == Answer(following, dialled)
+        late.reply()
+        assert client.recvfrom(100) == (b"1", client_view(client, dialled))
+
+
+def client_view(client: socket.socket, address: tuple[str, int]) -> tuple[object, ...]:
+    """A peer's address as recvfrom() of this socket has it."""
+    return address if client.family is socket.AF_INET else (*address, 0, 0)
+
+
+# --- one socket, many peers --------------------------------------------------------------------
+
+
+@forms
+def test_one_socket_talks_to_services_and_others_in_turn(
+    node: Node, echoes: Echoes, form: str
+) -> None:
+    node.install(at(1, *both(1)), at(2, *both(2)))
+    outside = {"10": "127.0.1.3", "fd": "::1", "::": "::ffff:127.0.1.3"}[form[:2]]
+    port = 7003 if outside == "::1" else 7000
+    with udp(form) as client:
+        for _ in range(3):
+            assert echoes.ask(client, form.format(1)) == Answer(1, (form.format(1), 53))
+            assert echoes.ask(client, outside, port) == Answer(3, (outside, port))
+            assert echoes.ask(client, form.format(2)) == Answer(2, (form.format(2), 53))
+            # Another port of a frontend's address is no frontend.
+            with pytest.raises(OSError, match="unreachable"):
+                client.sendto(b"who?", (form.format(1), 54))
+
+
+@pytest.fixture(scope="module")
+def crowd(node: Node) -> Iterator[Echoes]:
+    with Echoes(60, first=101) as made:
+        yield made
+
+
+@forms
+def test_one_socket_talks_to_fifty_services(node: Node, crowd: Echoes, form: str) -> None:
+    node.install(*(at(n, *both(n + 100)) for n in range(1, 51)))
+    ambiguous = node.total(Total.AMBIGUOUS)
+    late: list[Request] = []
+    with udp(form) as client:
+        for _ in range(3):
+            late.clear()
+            for n in range(1, 51):
+                client.sendto(b"who?", (form.format(n), 53))
+                late.append(crowd.received())
+            # The answers come in another order.
+            for request in late[::-1]:
+                request.reply()
+                source = client.recvfrom(100)[1][:2]
+                assert source == (form.format(request.server - 100), 53)
+        assert {counts(node, form, n) for n in range(1, 51)} == {(1, 0)}
+        # One that is beyond the socket's own room moves, too.
+        node.install(*(at(n, *both(n + 100 if n != 30 else 160)) for n in range(1, 51)))
+        client.sendto(b"who?", (form.format(30), 53))
+        assert crowd.received().server == 160
+        late[29].reply()
+        assert client.recvfrom(100)[1][:2] == (form.format(30), 53)
+    assert node.total(Total.AMBIGUOUS) == ambiguous
+
+
+@forms
+def test_services_that_share_backends_get_different_ones(
+    node: Node, echoes: Echoes, form: str
+) -> None:
+    """So that an answer's backend tells whose it is: 1 in 16 times chance fails to."""
+    node.install(at(1, *both(1, 2)), at(2, *both(1, 2)))
+    ambiguous = node.total(Total.AMBIGUOUS)
+    same = 0
+    for _ in range(160):
+        with udp(form) as client:
+            asked = [echoes.ask(client, form.format(n)) for n in (1, 2, 1, 2)]
+            assert [answer.source[0] for answer in asked] == [form.format(n) for n in (1, 2, 1, 2)]
+            same += asked[0].server == asked[1].server
+    assert node.total(Total.AMBIGUOUS) - ambiguous == same
+    # Four attempts; alone, it would be every second time. (P < 1e-6 beyond 32.)
+    assert same <= 32
+    # An attempt is no connect.
+    assert counts(node, form, 2) == (160, 0)
+
+
+# --- refused, bypassed -------------------------------------------------------------------------
+
+
+@forms
+def test_no_backend_is_said_at_once(node: Node, echoes: Echoes, form: str) -> None:
+    node.install(at(1), at(2, *both(1)))
+    with udp(form) as client:
+        for _ in range(3):
+            with pytest.raises(OSError, match="No route to host") as raised:
+                client.sendto(b"who?", (form.format(1), 53))
+            assert raised.value.errno == errno.EHOSTUNREACH
+        assert counts(node, form, 1) == (0, 3)
+        # The socket is as good as before.
+        assert echoes.ask(client, form.format(2)).server == 1
+        # And one whose backends have gone is told, too.
+        node.install(at(2))
+        with pytest.raises(OSError, match="No route to host"):
+            client.sendto(b"who?", (form.format(2), 53))
+        node.install(at(2, *both(2)))
+        assert echoes.ask(client, form.format(2)).server == 2
+
+
+def test_from_ipv6_to_ipv4_backends_there_is_no_way(node: Node, echoes: Echoes) -> None:
+    """connect() has one, through a mapped address; udpv6_sendmsg() has none."""
+    node.install(service("s1", "[fd00:9::1]:53/udp", backends=both(1)[:1]))
+    with udp("::") as client:
+        for _ in range(3):
+            with pytest.raises(OSError, match="No route to host"):
+                client.sendto(b"who?", ("fd00:9::1", 53))
+        assert counts(node, "fd00:9::{}", 1) == (0, 3)
+        client.connect(("fd00:9::1", 53))
+        client.send(b"who?")
+        echoes.received().reply()
+        assert client.recvfrom(100)[1][:2] == ("fd00:9::1", 53)
+
+
+@forms
+def test_bypass_leaves_datagrams_alone(node: Node, echoes: Echoes, form: str) -> None:
+    node.install(at(1, *both(1)), at(2))
+    real = {"10": "127.0.1.1", "fd": "::1", "::": "::ffff:127.0.1.1"}[form[:2]]
+    with udp(form) as client:
+        first = echoes.ask(client, form.format(1))
+        client.sendto(b"who?", (form.format(1), 53))
+        late = echoes.received()
+        with node.bypassed():
+            for n in (1, 2):
+                with pytest.raises(OSError, match="unreachable") as raised:
+                    client.sendto(b"who?", (form.format(n), 53))
+                assert raised.value.errno == errno.ENETUNREACH
+            late.reply()
+            assert client.recvfrom(100)[1][0] == real
+        assert counts(node, form, 2) == (0, 0)
+        assert echoes.ask(client, form.format(1)) == first
+
+
+# --- many threads, one socket --------------------------------------------------------------------
