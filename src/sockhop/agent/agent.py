@@ -66,8 +66,8 @@ def run_agent(options: AgentOptions) -> None:
         stack.enter_context(lock_directory(options.pins))
         fresh = not map_directory(options.pins).exists()
         try:
-            refuse_rivals(survey(options.pins, options.cgroup), coexist=options.coexist)
             check_room(options.pins, cgroup)
+            refuse_rivals(survey(options.pins, options.cgroup), coexist=options.coexist)
             balancer = stack.enter_context(Balancer(options.pins, sizes=options.map_sizes))
             installer = Installer(balancer.maps)
             state = AgentState(
