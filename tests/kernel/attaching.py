@@ -1,5 +1,6 @@
 """What the tests of attaching share: clients that never stop, strangers' programs, old kernels."""
 
+import functools
 import multiprocessing
 import os
 import socket
@@ -203,6 +204,12 @@ __attribute__((section("license"), used)) char terms[] = "GPL";
 """
 
 
+@functools.cache
+def _compiled_stranger() -> bytes:
+    command = ("clang", "-O2", "-g", "-target", "bpf", "-x", "c", "-c", "-", "-o", "-")
+    return subprocess.run(command, input=STRANGER.encode(), capture_output=True, check=True).stdout
+
+
 class Stranger:
     """Programs of another tool. The one at connect4 forbids port 6666, so one sees if it runs."""
 
@@ -215,12 +222,8 @@ class Stranger:
     }
 
     def __init__(self, directory: Path) -> None:
-        source = directory / "stranger.bpf.c"
-        source.write_text(STRANGER)
-        made = source.with_suffix(".o")
-        subprocess.run(
-            ["clang", "-O2", "-g", "-target", "bpf", "-c", source, "-o", made], check=True
-        )
+        made = directory / "stranger.bpf.o"
+        made.write_bytes(_compiled_stranger())
         self._object = BpfObject(made)
 
     def program(self, hook: AttachType) -> int:

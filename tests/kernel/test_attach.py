@@ -195,8 +195,11 @@ def test_a_failed_pin_leaves_nothing_attached(sandbox: Sandbox, balancer: Balanc
 # --- whose they are -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("coexist", [(), ("--coexist",)], ids=["alone", "coexist"])
-@pytest.mark.parametrize("is_above", [False, True], ids=["here", "above"])
+@pytest.mark.parametrize(
+    ("is_above", "coexist"),
+    [(False, ()), (False, ("--coexist",)), (True, ("--coexist",))],
+    ids=["here", "here, coexist", "above, coexist"],
+)
 def test_a_strangers_flagless_program_stays(
     sandbox: Sandbox,
     manifest: Path,

@@ -62,8 +62,15 @@ def others(sandbox: Sandbox, *arguments: str) -> list[dict[str, Any]]:
 # --- the refusal ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hook", [AttachType.CONNECT4, AttachType.SENDMSG4], ids=lambda h: h.hook)
-@pytest.mark.parametrize(("is_below", "flags"), [(False, MULTI), (True, MULTI), (True, 0)])
+@pytest.mark.parametrize(
+    ("hook", "is_below", "flags"),
+    [
+        (AttachType.CONNECT4, False, MULTI),
+        (AttachType.CONNECT4, True, 0),
+        (AttachType.SENDMSG4, True, MULTI),
+    ],
+    ids=["here", "below without flags", "sendmsg below"],
+)
 def test_a_rival_is_refused(
     sandbox: Sandbox,
     manifest: Path,
