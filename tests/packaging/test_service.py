@@ -161,15 +161,16 @@ def test_under_systemd_it_balances_reloads_restarts_and_stops(tmp_path: Path) ->
         container.systemctl("reload", "sockhop")
         wait_until(lambda: "SIGHUP" in container.log(), "the reload is logged")
 
-        with container.drop_in("WatchdogSec=1s\nRestartSec=100ms"):
+        with container.drop_in("WatchdogSec=3s\nRestartSec=100ms"):
             container.systemctl("restart", "sockhop")
             stuck = container.show("MainPID")
             container.run("kill", "-STOP", stuck)
             wait_until(
                 lambda: (
-                    container.show("NRestarts") == "1" and container.show("SubState") == "running"
+                    container.show("NRestarts") != "0" and container.show("SubState") == "running"
                 ),
                 "the watchdog restarts a stuck agent",
+                60,
             )
         container.systemctl("stop", "sockhop")
         assert answer(FRONTEND) == "200"
