@@ -7,9 +7,14 @@ from contextlib import suppress
 
 __all__ = ["notify", "watchdog_interval"]
 
+_SECONDS = 5.0
+
 
 def notify(*assignments: str) -> None:
-    """Send assignments such as `READY=1` to the service manager; without one, do nothing."""
+    """Send assignments such as `READY=1` to the service manager; without one, do nothing.
+
+    A manager that does not read is waited for, some seconds, only when it is told READY=1.
+    """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
@@ -18,6 +23,7 @@ def notify(*assignments: str) -> None:
     # A leading @ stands for the NUL of an abstract address.
     to = "\0" + address[1:] if address.startswith("@") else address
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    channel.settimeout(_SECONDS if "READY=1" in assignments else 0)
     with channel, suppress(OSError):  # nobody listening any more is the manager's affair
         channel.sendto("\n".join(assignments).encode(), to)
 
