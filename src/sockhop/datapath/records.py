@@ -18,10 +18,14 @@ __all__ = [
     "Client",
     "ClientKey",
     "Counters",
+    "DatagramPeer",
+    "DatagramPeers",
     "FrontendFlag",
     "FrontendKey",
     "FrontendRecord",
     "LiveKey",
+    "OverflowKey",
+    "OverflowPeer",
     "Provenance",
     "ServiceRecord",
     "Setting",
@@ -201,6 +205,42 @@ class Provenance(NamedTuple):
     previous_port: int
     protocol: int
     reason: int
+
+
+class DatagramPeers(NamedTuple):
+    """What an unconnected UDP socket uses: `peer` holds the bytes of several DatagramPeer."""
+
+    peer: bytes
+    clock: int
+    overflown: int
+
+
+class DatagramPeer(NamedTuple):
+    """The backend that a socket uses for a frontend; free where `backend_port` is 0."""
+
+    frontend_address: bytes
+    backend_address: bytes
+    frontend_port: int
+    backend_port: int
+    backend: int
+    used: int
+
+
+class OverflowKey(NamedTuple):
+    """A frontend (direction 0) or a backend (1) of a socket that has more than `peer` holds."""
+
+    cookie: int
+    address: bytes
+    port: int
+    direction: int
+
+
+class OverflowPeer(NamedTuple):
+    """The backend of that frontend, or the frontend of that backend."""
+
+    address: bytes
+    backend: int
+    port: int
 
 
 class SocketRecord(NamedTuple):

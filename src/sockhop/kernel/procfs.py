@@ -88,7 +88,8 @@ def borrowed(holder: Holder) -> Iterator[socket.socket]:
     """Yield a duplicate of another process's socket. Needs CAP_SYS_PTRACE.
 
     Linux kernel commit 8649c322f75c ("pid: Implement pidfd_getfd syscall") (in v5.6).
-    KernelError where it cannot be had, ESRCH or EBADF where it is gone.
+    KernelError where it cannot be had, ESRCH or EBADF where it is gone. The kernel gives the
+    socket the net_cls and net_prio of this process, if those of cgroup v1 are in use.
     """
     try:
         process = os.pidfd_open(holder.pid)

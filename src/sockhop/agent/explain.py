@@ -1,0 +1,230 @@
+"""Why a socket is connected to what it is connected to."""
+
+import socket
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from sockhop.agent.find_socket import FoundSocket, find_socket
+from sockhop.agent.installed import read_services
+from sockhop.agent.reasons import Case, find_frontend, reasons_against, socket_cgroup
+from sockhop.agent.target import split_service_port
+from sockhop.datapath.balancer import BalanceMaps
+from sockhop.datapath.memory import Peer, SocketMemory
+from sockhop.datapath.records import (
+    REASONS,
+    STATES,
+    FrontendKey,
+    Provenance,
+    Setting,
+    word_generation,
+)
+from sockhop.datapath.sockets import TCP_STATES, Sockets
+from sockhop.kernel.procfs import boot_time, borrowed
+from sockhop.kernel.syscall import KernelError
+from sockhop.model import Protocol, endpoint, parse_address, unpack_address
+
+__all__ = ["DatagramRow", "Explanation", "Origin", "explain"]
+
+_PROTOCOLS = {protocol.number: protocol for protocol in Protocol}
+
+
+class Origin(msgspec.Struct):
+    """How a connected socket came to its backend.
+
+    `backend_state`: gone, where it is not installed any more. `since`: RFC 3339, `age`: seconds.
+    `generation_now`: of the frontend; 0 where it is not installed any more.
+    """
+
+    service: str
+    port_name: str
+    frontend: str
+    backend: str
+    backend_id: int
+    backend_state: str
+    rule: str
+    since: str
+    age: float
+    generation: int
+    generation_now: int
+
+
+class DatagramRow(msgspec.Struct):
+    """The backend that an unconnected UDP socket uses for a frontend. `latest`: it sent last."""
+
+    service: str
+    port_name: str
+    frontend: str
+    backend: str
+    backend_id: int
+    backend_state: str
+    latest: bool
+
+
+class Explanation(msgspec.Struct):
+    """All that is known of a socket. `remote` is the real peer, "" without one.
+
+    `peer_name` is what getpeername() gives, "" without a peer; `reasons` say why it is not
+    balanced; `origin` is also there if the socket has left that backend since. `inode` is 0 where
+    no program has the socket open.
+    """
+
+    protocol: str
+    state: str
+    local: str
+    remote: str
+    peer_name: str
+    balanced: bool
+    origin: Origin | None
+    datagrams: list[DatagramRow]
+    reasons: list[str]
+    processes: list[str]
+    cookie: int
+    inode: int
+    netns: int
+    cgroup: str
+
+
+def explain(text: str, pins: Path, cgroup: Path) -> Explanation:
+    """Explain the socket that *text* names, see :func:`find_socket`, which raises the errors.
+
+    *cgroup* is where the hooks are if they have no links. NotInstalled without maps.
+    """
+    with BalanceMaps(pins) as maps, SocketMemory(pins) as memory:
+        found = find_socket(text, pins)
+        known = _recall(found, memory, pins)
+        names = _Names(maps)
+        origin = known.provenance
+        current = origin is not None and _is_current(origin, found)
+        balanced = current or (bool(known.peers) and not found.socket.remote_port)
+        case = Case(maps, pins, cgroup, found, origin, known.peer_name is not None)
+        remote = _remote(found)
+        peer_name = known.peer_name
+        if peer_name is None:  # what the hooks would make of it
+            translated = current and not maps.setting(Setting.BYPASS)
+            peer_name = _frontend_end(origin) if origin and translated else remote
+        group = socket_cgroup(found)
+        return Explanation(
+            protocol=_PROTOCOLS[found.socket.protocol],
+            state=TCP_STATES[found.socket.state - 1],
+            local=_end(found.socket.local_address, found.socket.local_port),
+            remote=remote,
+            peer_name=peer_name,
+            balanced=balanced,
+            origin=names.origin(origin) if origin else None,
+            datagrams=names.datagrams(known.peers, found.netns_cookie),
+            reasons=[] if balanced else list(reasons_against(case)),
+            processes=[f"{holder} fd {holder.fd}" for holder in found.holders],
+            cookie=found.socket.cookie,
+            inode=found.socket.inode,
+            netns=found.netns,
+            cgroup=str(group or ""),
+        )
+
+
+class _Known(NamedTuple):
+    """What is remembered of a socket; `peer_name`: None where it could not be asked."""
+
+    provenance: Provenance | None
+    peers: list[Peer]
+    peer_name: str | None
+
+
+def _recall(found: FoundSocket, memory: SocketMemory, pins: Path) -> _Known:
+    cookie = found.socket.cookie
+    for holder in found.holders:
+        with suppress(KernelError), borrowed(holder) as own:
+            origin = memory.provenance(own) or memory.provenance_by_cookie(cookie)
+            return _Known(origin, memory.peers(own, cookie), _peer_name(own))
+    # Nobody has it open, or we may not look: the iterator sees what a connect has left.
+    with Sockets(pins) as programs:
+        seen = (each for each in programs.remembered() if each.socket.cookie == cookie)
+        origin = next((each.provenance for each in seen), None)
+    return _Known(origin or memory.provenance_by_cookie(cookie), [], None)
+
+
+def _peer_name(own: socket.socket) -> str:
+    """What getpeername() gives, through the hooks: they follow the socket, not who asks."""
+    try:
+        address, port, *_ = own.getpeername()
+    except OSError:
+        return ""
+    return endpoint(parse_address(address), port)
+
+
+def _is_current(origin: Provenance, found: FoundSocket) -> bool:
+    there = (origin.backend_address, origin.backend_port)
+    return (found.socket.remote_address, found.socket.remote_port) == there
+
+
+def _remote(found: FoundSocket) -> str:
+    address, port = found.socket.remote_address, found.socket.remote_port
+    return _end(address, port) if port else ""
+
+
+def _frontend_end(origin: Provenance) -> str:
+    return _end(origin.frontend_address, origin.frontend_port)
+
+
+def _end(address: bytes, port: int) -> str:
+    return endpoint(unpack_address(address), port)
+
+
+class _Names:
+    """Turns ids and addresses into what people know."""
+
+    def __init__(self, maps: BalanceMaps) -> None:
+        self._maps = maps
+        self._services = read_services(maps)
+
+    def origin(self, origin: Provenance) -> Origin:
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - origin.since / 1e9
+        since = datetime.fromtimestamp(boot_time() + origin.since / 1e9, UTC)
+        return Origin(
+            *split_service_port(self._services.get(origin.service, "")),
+            frontend=f"{_frontend_end(origin)}/{_PROTOCOLS[origin.protocol].lower()}",
+            backend=_end(origin.backend_address, origin.backend_port),
+            backend_id=origin.backend,
+            backend_state=self._backend_state(origin.backend),
+            rule=REASONS[origin.reason],
+            since=since.isoformat(timespec="milliseconds"),
+            age=age,
+            generation=origin.generation,
+            generation_now=self._generation(origin),
+        )
+
+    def datagrams(self, peers: list[Peer], netns_cookie: int) -> list[DatagramRow]:
+        # Where some are in the overflow, which has no clock, nobody knows.
+        latest = max((peer.used for peer in peers), default=0)
+        known = all(peer.used for peer in peers)
+        return [
+            DatagramRow(
+                *split_service_port(self._service_at(peer, netns_cookie)),
+                frontend=f"{_end(peer.frontend_address, peer.frontend_port)}/udp",
+                backend=_end(peer.backend_address, peer.backend_port),
+                backend_id=peer.backend,
+                backend_state=self._backend_state(peer.backend),
+                latest=known and peer.used == latest,
+            )
+            for peer in sorted(peers, key=lambda peer: -peer.used)
+        ]
+
+    def _backend_state(self, number: int) -> str:
+        record = self._maps.backends.get(number)
+        return "gone" if record is None else STATES[record.state]
+
+    def _generation(self, origin: Provenance) -> int:
+        key = FrontendKey(origin.frontend_address, 0, origin.frontend_port, origin.protocol)
+        found = find_frontend(self._maps, key, origin.netns)
+        if found is None or found[1].id != origin.frontend:
+            return 0
+        return word_generation(self._maps.words.get(origin.frontend) or 0)
+
+    def _service_at(self, peer: Peer, netns_cookie: int) -> str:
+        key = FrontendKey(peer.frontend_address, 0, peer.frontend_port, Protocol.UDP.number)
+        found = find_frontend(self._maps, key, netns_cookie)
+        return self._services.get(found[1].service, "") if found else ""

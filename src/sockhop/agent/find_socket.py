@@ -1,0 +1,169 @@
+"""Finds the one socket that a person names, in whatever network namespace it is."""
+
+import itertools
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+from sockhop.datapath.sockets import TCP_STATES, Sockets
+from sockhop.errors import InputError, SockhopError
+from sockhop.kernel.netns import current_cookie, entered
+from sockhop.kernel.procfs import Holder, find_holders, network_namespaces, socket_inode
+from sockhop.kernel.sockdiag import DiagSocket, list_sockets
+from sockhop.model import endpoint, pack_address, parse_address, unpack_address
+
+__all__ = ["FoundSocket", "find_socket"]
+
+_ENDPOINT = r"(?:\[[0-9A-Fa-f:.]+\]|[0-9.]+):\d+"
+_TUPLE = re.compile(rf"({_ENDPOINT})(?:(?:->|>|-)({_ENDPOINT}))?(?:/(tcp|udp))?")
+_NAMES = {socket.IPPROTO_TCP: "tcp", socket.IPPROTO_UDP: "udp"}
+_LISTEN = TCP_STATES.index("LISTEN") + 1
+_SHOWN = 5
+
+_End: TypeAlias = tuple[bytes, int]
+
+
+class FoundSocket(NamedTuple):
+    """A socket, the inode and the cookie of its network namespace, and who holds it."""
+
+    socket: DiagSocket
+    netns: int
+    netns_cookie: int
+    holders: list[Holder]
+
+
+_Place: TypeAlias = tuple[DiagSocket, int, int]
+"""The first three of them."""
+
+
+def find_socket(text: str, pins: Path) -> FoundSocket:
+    """Find the socket that *text* names: PID:FD, COOKIE, LOCAL>REMOTE, or one of its ends.
+
+    REMOTE is the real peer or the frontend that was dialled. InputError where *text* is none of
+    that or names several sockets, SockhopError where there is no such socket.
+    """
+    if re.fullmatch(r"\d+:\d+", text):
+        found = _by_descriptor(*map(int, text.split(":")))
+    elif (cookie := _cookie(text)) is not None:
+        found = _first(lambda each: each.cookie == cookie)
+    elif parts := _TUPLE.fullmatch(text):
+        first, second, protocol = parts.groups()
+        found = _by_ends(first, second, protocol, pins)
+    else:
+        raise InputError(
+            f"{text!r} names no socket",
+            hint="expected PID:FD, a COOKIE, LOCAL>REMOTE as 10.0.0.2:4312>10.1.0.2:53, "
+            "or one of these ends",
+        )
+    if not found:
+        raise SockhopError(f"{text}: there is no such TCP or UDP socket")
+    if len(found) > 1:
+        several = ", ".join(f"{each.cookie} ({_text(each)})" for each, *_ in found[:_SHOWN])
+        raise InputError(
+            f"{text}: {len(found)} sockets are meant by that",
+            hint=f"name one by its cookie: {several}{', ...' if len(found) > _SHOWN else ''}",
+        )
+    only = found[0][0]
+    return FoundSocket(*found[0], find_holders({only.inode} - {0}).get(only.inode, []))
+
+
+def _cookie(text: str) -> int | None:
+    if re.fullmatch(r"\d+", text):
+        return int(text)
+    hexadecimal = re.fullmatch(r"(?:0x|sk:)([0-9A-Fa-f]+)", text)
+    return int(hexadecimal[1], 16) if hexadecimal else None
+
+
+def _by_descriptor(pid: int, fd: int) -> list[_Place]:
+    try:
+        target = os.readlink(f"/proc/{pid}/fd/{fd}")
+    except FileNotFoundError:
+        raise SockhopError(f"{pid}:{fd}: there is no such process or descriptor") from None
+    except OSError as error:
+        raise SockhopError(f"{pid}:{fd}: {error.strerror}", hint="run as root") from None
+    inode = socket_inode(target)
+    if not inode:
+        raise SockhopError(f"{pid}:{fd} is no socket but {target}")
+    found = _first(lambda each: each.inode == inode)
+    if not found:
+        raise SockhopError(
+            f"{pid}:{fd} is in no table of TCP and UDP sockets",
+            hint="it is of another kind, or a TCP socket that is not connected",
+        )
+    return found
+
+
+def _by_ends(first: str, second: str | None, protocol: str | None, pins: Path) -> list[_Place]:
+    """Return the sockets that the most likely meaning fits: see the order of the tests."""
+    one = _end(first)
+    places = [place for place in _all() if protocol in (None, _NAMES[place[0].protocol])]
+    tests: tuple[Callable[[DiagSocket], bool], ...]
+    if second is not None:
+        other = _end(second)
+        tests = (
+            lambda each: _local(each) == one and _remote(each) == other,
+            lambda each: _local(each) == one and each.cookie in _dialled(other, pins),
+        )
+    else:
+        tests = (
+            lambda each: _local(each) == one and each.state != _LISTEN,
+            lambda each: _remote(each) == one,
+            lambda each: each.cookie in _dialled(one, pins),
+            lambda each: _local(each) == one,
+        )
+    for test in tests:
+        if found := [place for place in places if test(place[0])]:
+            return found
+    return []
+
+
+@cache
+def _dialled(frontend: _End, pins: Path) -> frozenset[int]:
+    """Return the cookies of the sockets that have dialled *frontend*."""
+    with Sockets(pins) as programs:
+        found = programs.remembered()
+    return frozenset(
+        each.socket.cookie
+        for each in found
+        if (each.provenance.frontend_address, each.provenance.frontend_port) == frontend
+    )
+
+
+def _all() -> Iterator[_Place]:
+    for inode, path in network_namespaces().items():
+        found: list[_Place] = []
+        with suppress(InputError), entered(path):  # InputError: it has just gone
+            cookie = current_cookie()
+            found = [(s, inode, cookie) for protocol in _NAMES for s in list_sockets(protocol)]
+        yield from found
+
+
+def _first(test: Callable[[DiagSocket], bool]) -> list[_Place]:
+    return list(itertools.islice((place for place in _all() if test(place[0])), 1))
+
+
+def _end(text: str) -> _End:
+    host, _, port = text.rpartition(":")
+    try:
+        return pack_address(parse_address(host.strip("[]"))), int(port)
+    except ValueError as error:
+        raise InputError(f"{text}: {error}") from None
+
+
+def _local(each: DiagSocket) -> _End:
+    return each.local_address, each.local_port
+
+
+def _remote(each: DiagSocket) -> _End:
+    return each.remote_address, each.remote_port
+
+
+def _text(each: DiagSocket) -> str:
+    local = endpoint(unpack_address(each.local_address), each.local_port)
+    remote = endpoint(unpack_address(each.remote_address), each.remote_port)
+    return f"{local}>{remote}/{_NAMES[each.protocol]}"
