@@ -208,7 +208,7 @@ def test_a_socket_of_another_process(node: Node) -> None:
 
 
 def test_sockets_that_nobody_has_open(node: Node) -> None:
-    unsent, done = socket.create_connection((WEB, 80)), socket.create_connection((WEB, 80))
+    unsent, done = socket.create_connection((OWN, 91)), socket.create_connection((OWN, 91))
     cookies = cookie_of(unsent), cookie_of(done)
     unsent.setblocking(False)
     with suppress(BlockingIOError):
@@ -218,7 +218,7 @@ def test_sockets_that_nobody_has_open(node: Node) -> None:
     done.close()
     status, told = explain(node, cookies[0])
     assert (status, told["state"], told["processes"]) == (0, "FIN-WAIT-1", [])
-    assert (told["origin"]["service"], told["peer_name"]) == ("web", f"{WEB}:80")
+    assert (told["origin"]["service"], told["peer_name"]) == ("own", f"{OWN}:91")
     # The kernel keeps less of one that only waits for its peer to end.
     status, told = explain(node, cookies[1])
     assert (status, told["state"]) == (1, "FIN-WAIT-2")

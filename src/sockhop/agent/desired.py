@@ -10,7 +10,7 @@ from sockhop.agent.coexist import Coexistence
 from sockhop.agent.places import PlaceFinder
 from sockhop.agent.target import Target, expand
 from sockhop.errors import InputError
-from sockhop.kernel.netns import current_cookie, entered
+from sockhop.kernel.netns import current_cookie, entered, inode
 from sockhop.sources.files import load
 
 __all__ = ["Wanted", "agent_paths", "want"]
@@ -53,6 +53,9 @@ def agent_paths(agent: RunningAgent) -> list[Path]:
 
 def _home(agent: RunningAgent | None) -> int:
     if agent is not None:
-        with suppress(InputError), entered(_PROC / str(agent.pid) / "ns/net"):
-            return current_cookie()
+        path = _PROC / str(agent.pid) / "ns/net"
+        with suppress(InputError, OSError):
+            if inode(path) != inode():
+                with entered(path):
+                    return current_cookie()
     return current_cookie()

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 
 from sockhop.datapath.sockets import TCP_STATES, Sockets
 from sockhop.errors import InputError, SockhopError
-from sockhop.kernel.netns import current_cookie, entered
+from sockhop.kernel.netns import current_cookie, entered, inode
 from sockhop.kernel.procfs import Holder, find_holders, network_namespaces, socket_inode
 from sockhop.kernel.sockdiag import DiagSocket, list_sockets
 from sockhop.model import endpoint, pack_address, parse_address, unpack_address
@@ -86,10 +86,10 @@ def _by_descriptor(pid: int, fd: int) -> list[_Place]:
         raise SockhopError(f"{pid}:{fd}: there is no such process or descriptor") from None
     except OSError as error:
         raise SockhopError(f"{pid}:{fd}: {error.strerror}", hint="run as root") from None
-    inode = socket_inode(target)
-    if not inode:
+    number = socket_inode(target)
+    if not number:
         raise SockhopError(f"{pid}:{fd} is no socket but {target}")
-    found = _first(lambda each: each.inode == inode)
+    found = _first(lambda each: each.inode == number)
     if not found:
         raise SockhopError(
             f"{pid}:{fd} is in no table of TCP and UDP sockets",
@@ -135,12 +135,20 @@ def _dialled(frontend: _End, pins: Path) -> frozenset[int]:
 
 
 def _all() -> Iterator[_Place]:
-    for inode, path in network_namespaces().items():
+    """Yield all sockets, those of our own network namespace first; entering others needs rights."""
+    own = inode()
+    yield from _here(own)
+    for number, path in network_namespaces().items():
         found: list[_Place] = []
-        with suppress(InputError), entered(path):  # InputError: it has just gone
-            cookie = current_cookie()
-            found = [(s, inode, cookie) for protocol in _NAMES for s in list_sockets(protocol)]
+        if number != own:
+            with suppress(InputError), entered(path):  # InputError: it has just gone
+                found = _here(number)
         yield from found
+
+
+def _here(netns: int) -> list[_Place]:
+    cookie = current_cookie()
+    return [(each, netns, cookie) for protocol in _NAMES for each in list_sockets(protocol)]
 
 
 def _first(test: Callable[[DiagSocket], bool]) -> list[_Place]:
