@@ -11,18 +11,12 @@
 #include "choose.h"
 #include "clients.h"
 #include "datagrams.h"
+#include "remember.h"
 
 #define EADDRINUSE 98
 #define EHOSTUNREACH 113
 #define ALLOW 1
 #define REJECT 0
-#define MAPPED bpf_htonl(0xffff)
-
-static __always_inline bool is_mapped(const __be32 *address)
-{
-	return !address[0] && !address[1] && address[2] == MAPPED;
-}
-
 /* Linux kernel commit b44123b4a3dc ("bpf: Add cgroup helpers bpf_{get,set}_retval to get/set
  * syscall return value") (in v5.18). Before it: EPERM.
  */
@@ -31,80 +25,6 @@ static __always_inline int reject(int error)
 	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_set_retval))
 		bpf_set_retval(-error);
 	return REJECT;
-}
-
-/* --- what is remembered of a socket -------------------------------------------------------- */
-
-/* ctx is a bpf_sock_addr or a bpf_sock; both give a cookie. */
-static __always_inline struct provenance *recall(void *ctx, struct bpf_sock *sk)
-{
-	struct provenance *p = bpf_sk_storage_get(&provenance, sk, 0, 0);
-	__u64 cookie;
-
-	if (p || !setting(SETTING_FALLBACK))
-		return p;
-	cookie = bpf_get_socket_cookie(ctx);
-	return bpf_map_lookup_elem(&provenance_by_cookie, &cookie);
-}
-
-static __always_inline void fall_back(void)
-{
-	__u32 which = SETTING_FALLBACK;
-	__u64 one = 1;
-
-	count(TOTAL_STORAGE_FAILED);
-	bpf_map_update_elem(&settings, &which, &one, BPF_ANY);
-}
-
-static __always_inline void remember(struct bpf_sock_addr *ctx, struct provenance *fresh)
-{
-	/* Asking for the cookie makes it: from now on every tool can name this socket. */
-	__u64 cookie = bpf_get_socket_cookie(ctx);
-
-	if (bpf_sk_storage_get(&provenance, ctx->sk, fresh, BPF_SK_STORAGE_GET_F_CREATE))
-		return;
-	bpf_map_update_elem(&provenance_by_cookie, &cookie, fresh, BPF_ANY);
-	fall_back();
-}
-
-static __always_inline void count_socket(struct provenance *p, bool load)
-{
-	struct live_key key = { .netns = p->netns, .service = p->service, .backend = p->backend };
-	__u64 *n = bpf_map_lookup_elem(&live, &key), zero = 0;
-
-	if (!n) {
-		/* Two CPUs may come here at once: neither may overwrite the other's count. */
-		bpf_map_update_elem(&live, &key, &zero, BPF_NOEXIST);
-		n = bpf_map_lookup_elem(&live, &key);
-	}
-	if (n) {
-		add(n, 1);
-		p->counted = COUNTED_LIVE;
-	} else {
-		count(TOTAL_LIVE_FULL);
-	}
-	n = load ? bpf_map_lookup_elem(&loads, &p->backend) : 0;
-	if (n) {
-		add(n, 1);
-		p->counted |= COUNTED_LOAD;
-	}
-}
-
-/* A TCP socket that connects again has left its peer. A UDP socket stays there if the kernel then
- * finds no route to the new one, so it goes on being counted there until the agent has looked.
- */
-static __always_inline void leave(struct provenance *old, struct provenance *fresh)
-{
-	uncount_previous(old);
-	if (old->protocol == IPPROTO_TCP) {
-		uncount(old);
-		return;
-	}
-	copy_address(fresh->previous_address, old->backend_address);
-	fresh->previous_port = old->backend_port;
-	fresh->previous_service = old->service;
-	fresh->previous_backend = old->backend;
-	fresh->previous_counted = take(&old->counted);
 }
 
 /* --- connect ------------------------------------------------------------------------------- */
@@ -119,7 +39,7 @@ static __always_inline enum verdict balance(struct bpf_sock_addr *ctx, struct fr
 	/* A balanced socket that goes elsewhere is seen by its peer, which is not its backend. */
 	if (!find_frontend(ctx, key, &frontend) || !is_for(ctx, &frontend))
 		return PASS;
-	if (!choose(ctx, &frontend, 0, choice))
+	if (!choose(ctx, &frontend, choice))
 		return counted(&frontend, NO_BACKEND);
 	copy_address(fresh.frontend_address, key->address);
 	copy_address(fresh.backend_address, choice->slot.address);
@@ -136,7 +56,7 @@ static __always_inline enum verdict balance(struct bpf_sock_addr *ctx, struct fr
 	count_socket(&fresh, choice->load);
 	old = recall(ctx, ctx->sk);
 	if (old) {
-		leave(old, &fresh);
+		leave(ctx->sk, old, &fresh);
 		*old = fresh;
 	} else {
 		remember(ctx, &fresh);
@@ -210,13 +130,47 @@ int sockhop_connect6(struct bpf_sock_addr *ctx)
 
 /* --- sendmsg on an unconnected UDP socket --------------------------------------------------- */
 
-/* From IPv6 to IPv4 a datagram has no way: udpv6_sendmsg() says ENOTSUPP. */
-static __always_inline bool choose_for_datagram(struct bpf_sock_addr *ctx,
-						const struct frontend *frontend, __u32 skip,
-						struct choice *choice)
+/* A connected socket may still name its peer: it takes answers from there only. */
+static __always_inline bool names_its_peer(struct bpf_sock_addr *ctx,
+					   const struct frontend_key *key, struct slot *chosen)
 {
-	return choose(ctx, frontend, skip, choice) &&
-	       !(ctx->user_family == AF_INET6 && is_mapped(choice->slot.address));
+	const struct provenance *p = recall(ctx, ctx->sk);
+
+	if (!p || p->frontend_port != key->port ||
+	    !same_address(p->frontend_address, key->address) ||
+	    !is_connected_to(ctx->sk, p->backend_address, p->backend_port))
+		return false;
+	copy_address(chosen->address, p->backend_address);
+	chosen->port = p->backend_port;
+	return true;
+}
+
+/* From IPv6 to IPv4 a datagram has no way: udpv6_sendmsg() says ENOTSUPP. */
+static __always_inline bool may_send(struct bpf_sock_addr *ctx, const struct slot *chosen)
+{
+	return ctx->user_family != AF_INET6 || !is_mapped(chosen->address);
+}
+
+/* Prefers a backend that the socket does not have for another frontend. */
+static __always_inline bool avoid_shared(const struct frontend *frontend,
+					 struct datagram_peers *peers, __u64 cookie,
+					 const struct frontend_key *key, struct slot *chosen)
+{
+	struct slot other = {};
+	struct slot_key last;
+	int attempt;
+
+	for (attempt = 0; shares(peers, cookie, key, chosen); attempt++) {
+		if (attempt == ATTEMPTS - 1) {
+			count(TOTAL_AMBIGUOUS);
+			break;
+		}
+		if (choose_other(frontend, &other))
+			*chosen = other;
+	}
+	/* Read again, all paths become one: the verifier's work is a third. */
+	last = chosen->key;
+	return read_slot(&last, chosen);
 }
 
 static __always_inline enum verdict
@@ -225,27 +179,37 @@ balance_datagram(struct bpf_sock_addr *ctx, struct frontend_key *key, struct cho
 	__u64 cookie = bpf_get_socket_cookie(ctx);
 	struct frontend frontend = {};
 	struct datagram_peers *peers;
-	int attempt;
+	struct datagram_peer fresh;
+	__u32 before;
 
 	if (!find_frontend(ctx, key, &frontend) || !is_for(ctx, &frontend))
 		return PASS;
+	if (names_its_peer(ctx, key, &choice->slot))
+		return may_send(ctx, &choice->slot) ? BALANCED : counted(&frontend, NO_BACKEND);
 	peers = bpf_sk_storage_get(&datagrams, ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
-	if (peers && same_as_before(peers, cookie, key, &choice->slot))
-		return BALANCED;
-	for (attempt = 0; attempt < ATTEMPTS; attempt++) {
-		if (!choose_for_datagram(ctx, &frontend, attempt, choice))
-			return counted(&frontend, NO_BACKEND);
-		if (!peers || !uses(peers, &choice->slot))
-			break;
-	}
-	if (attempt == ATTEMPTS)
-		count(TOTAL_AMBIGUOUS);
-	if (peers)
-		keep_peer(peers, cookie, key, &choice->slot);
-	else
-		/* Served, but not kept, and the answer will carry the backend's address. */
+	fresh = new_peer(key);
+	before = backend_before(peers, cookie, key, &fresh.used);
+	if (serves(before, frontend.service, BACKEND_ACTIVE, 0, &choice->slot))
+		goto stays;
+	if (!choose(ctx, &frontend, choice) || !may_send(ctx, &choice->slot))
+		return counted(&frontend, NO_BACKEND);
+	/* None is active: those that serve instead keep their sockets, too. */
+	if (choice->slot.state != BACKEND_ACTIVE &&
+	    serves(before, frontend.service, choice->slot.state, 1, &choice->slot))
+		goto stays;
+	if (!frontend.affinity && !avoid_shared(&frontend, peers, cookie, key, &choice->slot))
+		return counted(&frontend, NO_BACKEND);
+	use_backend(&fresh, &choice->slot);
+	if (!peers)
 		fall_back();
+	keep_peer(peers, cookie, key, &fresh);
 	return counted(&frontend, BALANCED);
+
+stays:
+	use_backend(&fresh, &choice->slot);
+	if (may_overflow(peers))
+		lead_back(cookie, &fresh);
+	return BALANCED;
 }
 
 SEC("cgroup/sendmsg4")
@@ -307,15 +271,15 @@ static __always_inline bool answered(struct bpf_sock_addr *ctx, const struct fro
 	if (dialled(ctx, source, origin))
 		return true;
 	peers = bpf_sk_storage_get(&datagrams, ctx->sk, 0, 0);
-	return peers &&
-	       origin_of(peers, bpf_get_socket_cookie(ctx), source->address, source->port, origin);
+	return (peers || setting(SETTING_FALLBACK)) &&
+	       origin_of(peers, bpf_get_socket_cookie(ctx), source, origin);
 }
 
 SEC("cgroup/getpeername4")
 int sockhop_getpeername4(struct bpf_sock_addr *ctx)
 {
 	struct frontend_key peer = KEY4(ctx);
-	struct origin origin;
+	struct origin origin = {};
 
 	if (!setting(SETTING_BYPASS) && dialled(ctx, &peer, &origin) && is_mapped(origin.address))
 		rewrite4(ctx, origin.address, origin.port);
@@ -326,7 +290,7 @@ SEC("cgroup/getpeername6")
 int sockhop_getpeername6(struct bpf_sock_addr *ctx)
 {
 	struct frontend_key peer = KEY6(ctx);
-	struct origin origin;
+	struct origin origin = {};
 
 	if (!setting(SETTING_BYPASS) && dialled(ctx, &peer, &origin))
 		rewrite6(ctx, origin.address, origin.port);
@@ -337,7 +301,7 @@ SEC("cgroup/recvmsg4")
 int sockhop_recvmsg4(struct bpf_sock_addr *ctx)
 {
 	struct frontend_key source = KEY4(ctx);
-	struct origin origin;
+	struct origin origin = {};
 
 	if (!setting(SETTING_BYPASS) && answered(ctx, &source, &origin) &&
 	    is_mapped(origin.address))
@@ -349,7 +313,7 @@ SEC("cgroup/recvmsg6")
 int sockhop_recvmsg6(struct bpf_sock_addr *ctx)
 {
 	struct frontend_key source = KEY6(ctx);
-	struct origin origin;
+	struct origin origin = {};
 
 	if (!setting(SETTING_BYPASS) && answered(ctx, &source, &origin))
 		rewrite6(ctx, origin.address, origin.port);

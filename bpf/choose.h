@@ -72,6 +72,7 @@ static __always_inline bool read_slot(const struct slot_key *key, struct slot *c
 
 	if (!found)
 		return false;
+	copy->key = *key;
 	copy->backend = READ_ONCE(found->backend);
 	copy->address[0] = READ_ONCE(found->address[0]);
 	copy->address[1] = READ_ONCE(found->address[1]);
@@ -79,6 +80,7 @@ static __always_inline bool read_slot(const struct slot_key *key, struct slot *c
 	copy->address[3] = READ_ONCE(found->address[3]);
 	copy->port = READ_ONCE(found->port);
 	copy->weight = READ_ONCE(found->weight);
+	copy->state = READ_ONCE(found->state);
 	copy->keep = READ_ONCE(found->keep);
 	copy->alias = READ_ONCE(found->alias);
 	return READ_ONCE(found->key.frontend) == key->frontend &&
@@ -176,29 +178,39 @@ struct choice {
 	__u8 load; /* count it in the load of the backend */
 };
 
-/* Whether a backend that a client or a socket has been given before may be given again. */
-static __always_inline bool still_active(__u32 id, struct slot *chosen)
+/* Whether a backend that a client or a socket has been given before may be given again: it is in
+ * the state that serves, and still in the service. `weight`: the least that it must have.
+ */
+static __always_inline bool serves(__u32 id, __u32 service, __u8 state, __u16 weight,
+				   struct slot *chosen)
 {
-	struct backend *found = bpf_map_lookup_elem(&backends, &id);
+	struct backend *found = bpf_map_lookup_elem(&backends, &id), now;
 
-	if (!found)
+	if (!found || READ_ONCE(found->state) != state || READ_ONCE(found->service) != service ||
+	    READ_ONCE(found->weight) < weight)
+		return false;
+	now.address[0] = READ_ONCE(found->address[0]);
+	now.address[1] = READ_ONCE(found->address[1]);
+	now.address[2] = READ_ONCE(found->address[2]);
+	now.address[3] = READ_ONCE(found->address[3]);
+	now.port = READ_ONCE(found->port);
+	if (READ_ONCE(found->id) != id)
 		return false;
 	chosen->backend = id;
-	chosen->address[0] = READ_ONCE(found->address[0]);
-	chosen->address[1] = READ_ONCE(found->address[1]);
-	chosen->address[2] = READ_ONCE(found->address[2]);
-	chosen->address[3] = READ_ONCE(found->address[3]);
-	chosen->port = READ_ONCE(found->port);
-	return READ_ONCE(found->state) == BACKEND_ACTIVE && READ_ONCE(found->id) == id;
+	copy_address(chosen->address, now.address);
+	chosen->port = now.port;
+	chosen->state = state;
+	return true;
 }
 
-static __always_inline bool choose_again(const struct affinity_key *key, __u32 seconds,
-					 struct slot *chosen)
+/* The backend that a client has had in the last seconds; 0 for none. */
+static __always_inline __u32 affine_backend(const struct affinity_key *client, __u32 seconds)
 {
-	struct affinity *last = bpf_map_lookup_elem(&affinities, key);
+	struct affinity *last = bpf_map_lookup_elem(&affinities, client);
 
-	return last && bpf_ktime_get_boot_ns() - READ_ONCE(last->seen) < seconds * SECOND &&
-	       still_active(READ_ONCE(last->backend), chosen);
+	if (!last || bpf_ktime_get_boot_ns() - READ_ONCE(last->seen) >= seconds * SECOND)
+		return 0;
+	return READ_ONCE(last->backend);
 }
 
 static __always_inline bool choose_anew(struct bpf_sock_addr *ctx, __u32 frontend, __u64 *word,
@@ -224,24 +236,34 @@ static __always_inline bool choose_anew(struct bpf_sock_addr *ctx, __u32 fronten
 	return false;
 }
 
-/* Returns whether a backend can serve. With another `skip`, round-robin gives another one. */
+/* Returns whether a backend can serve. */
 static __always_inline bool choose(struct bpf_sock_addr *ctx, const struct frontend *frontend,
-				   __u32 skip, struct choice *choice)
+				   struct choice *choice)
 {
 	struct affinity_key client = { .netns = 0, .frontend = frontend->id };
 	struct counters *n = bpf_map_lookup_elem(&counters, &frontend->id);
 	__u64 *word = bpf_map_lookup_elem(&words, &frontend->id);
 	struct affinity now;
+	bool again = false;
+	__u32 last = 0;
 
 	if (!n || !word)
 		return false;
-	if (frontend->affinity)
+	if (frontend->affinity) {
 		client.netns = bpf_get_netns_cookie(ctx);
-	if (frontend->affinity && choose_again(&client, frontend->affinity, &choice->slot)) {
+		last = affine_backend(&client, frontend->affinity);
+		again = serves(last, frontend->service, BACKEND_ACTIVE, 1, &choice->slot);
+	}
+	if (!again) {
+		if (!choose_anew(ctx, frontend->id, word, READ_ONCE(n->connects), choice))
+			return false;
+		/* None is active: those that serve instead keep their clients, too. */
+		again = choice->slot.state != BACKEND_ACTIVE &&
+			serves(last, frontend->service, choice->slot.state, 1, &choice->slot);
+	}
+	if (again) {
 		choice->generation = WORD_GENERATION(READ_ONCE(*word));
 		choice->reason = REASON_AFFINITY;
-	} else if (!choose_anew(ctx, frontend->id, word, READ_ONCE(n->connects) + skip, choice)) {
-		return false;
 	}
 	choice->load = WORD_ALGORITHM(READ_ONCE(*word)) == ALGORITHM_LEAST_CONNECTIONS;
 	if (frontend->affinity) {
@@ -251,6 +273,25 @@ static __always_inline bool choose(struct bpf_sock_addr *ctx, const struct front
 		bpf_map_update_elem(&affinities, &client, &now, BPF_ANY);
 	}
 	return true;
+}
+
+/* A backend by chance and weight, whatever the algorithm. */
+static __always_inline bool choose_other(const struct frontend *frontend, struct slot *other)
+{
+	__u64 *word = bpf_map_lookup_elem(&words, &frontend->id), now = word ? READ_ONCE(*word) : 0;
+	struct slot_key key = {
+		.frontend = frontend->id,
+		.generation = WORD_GENERATION(now),
+	};
+
+	switch (WORD_ALGORITHM(now)) {
+	case ALGORITHM_ROUND_ROBIN:
+	case ALGORITHM_MAGLEV:
+		return choose_from_table(&key, below(bpf_get_prandom_u32(), WORD_COUNT(now)),
+					 other);
+	default:
+		return choose_weighted(&key, WORD_COUNT(now), other);
+	}
 }
 
 enum verdict {

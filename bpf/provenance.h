@@ -5,9 +5,10 @@
 
 #define READ_ONCE(x) (*(const volatile typeof(x) *)&(x))
 
+/* One branch, not four: the verifier walks all of them. */
 static __always_inline bool same_address(const __be32 *a, const __be32 *b)
 {
-	return a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3];
+	return !((a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]));
 }
 
 static __always_inline void copy_address(__be32 *to, const __be32 *from)
@@ -25,12 +26,20 @@ static __always_inline void add(__u64 *value, __s64 n)
 }
 
 /* Two programs may uncount a socket at once, a hook and the iterator that reconciles: who takes the
- * bits subtracts. Linux kernel commit 5ffa25502b5a ("bpf: Add instructions for atomic_[cmp]xchg")
- * (in v5.12).
+ * bits subtracts. Linux kernel commits 5ffa25502b5a ("bpf: Add instructions for atomic_[cmp]xchg")
+ * and 981f94c3e921 ("bpf: Add bitwise atomic instructions") (in v5.12).
  */
 static __always_inline __u32 take(__u32 *counted)
 {
-	return __sync_lock_test_and_set(counted, 0);
+	return __sync_fetch_and_and(counted, ~COUNTED_BITS) & COUNTED_BITS;
+}
+
+/* Takes the bits that a reader has seen in *counted, unless the socket has connected since. */
+static __always_inline __u32 take_seen(__u32 *counted, __u32 seen)
+{
+	if (__sync_val_compare_and_swap(counted, seen, seen & ~COUNTED_BITS) != seen)
+		return 0;
+	return seen & COUNTED_BITS;
 }
 
 static __always_inline void uncount_key(const struct live_key *key, __u32 bits)
@@ -49,23 +58,32 @@ static __always_inline void uncount_key(const struct live_key *key, __u32 bits)
 	}
 }
 
+/* One of the two keys under which a socket may be counted. */
+static __always_inline struct live_key key_of(const struct provenance *p)
+{
+	return (struct live_key){ .netns = p->netns, .service = p->service, .backend = p->backend };
+}
+
+static __always_inline struct live_key previous_key_of(const struct provenance *p)
+{
+	return (struct live_key){ .netns = p->netns,
+				  .service = p->previous_service,
+				  .backend = p->previous_backend };
+}
+
 static __always_inline void uncount(struct provenance *p)
 {
-	struct live_key key = { .netns = p->netns, .service = p->service, .backend = p->backend };
+	struct live_key key = key_of(p);
 
-	if (p->counted)
+	if (p->counted & COUNTED_BITS)
 		uncount_key(&key, take(&p->counted));
 }
 
 static __always_inline void uncount_previous(struct provenance *p)
 {
-	struct live_key key = {
-		.netns = p->netns,
-		.service = p->previous_service,
-		.backend = p->previous_backend,
-	};
+	struct live_key key = previous_key_of(p);
 
-	if (p->previous_counted)
+	if (p->previous_counted & COUNTED_BITS)
 		uncount_key(&key, take(&p->previous_counted));
 }
 

@@ -66,8 +66,16 @@ int sockhop_sockets(struct bpf_iter__bpf_sk_storage_map *ctx)
 
 #define CERTAIN_AFTER 1000000000ULL /* ns; a connect() that a hook has seen is through by then */
 
+static __always_inline bool is_at(const struct socket_record *now, const __be32 *address,
+				  __u16 port)
+{
+	return now->state != TCP_CLOSE && now->remote_port == port &&
+	       same_address(now->remote_address, address);
+}
+
 /* Uncounts sockets that have left their backend where no hook saw it: connect(AF_UNSPEC), a refused
- * connect, a UDP socket that went to another peer.
+ * connect, a UDP socket that went to another peer. The words are read first: where a connect comes
+ * between that and the end, they differ and nothing is taken.
  */
 SEC("iter/bpf_sk_storage_map")
 int sockhop_settle(struct bpf_iter__bpf_sk_storage_map *ctx)
@@ -75,21 +83,29 @@ int sockhop_settle(struct bpf_iter__bpf_sk_storage_map *ctx)
 	struct provenance *p = ctx->value;
 	struct socket_record now = {};
 	struct sock *sk = ctx->sk;
-	bool connected;
+	__u32 counted, previous_counted;
+	struct live_key key, previous;
 
-	if (!sk || !p || !(p->counted | p->previous_counted) ||
-	    bpf_ktime_get_boot_ns() - p->since < CERTAIN_AFTER)
+	if (!sk || !p)
 		return 0;
+	counted = READ_ONCE(p->counted);
+	previous_counted = READ_ONCE(p->previous_counted);
+	if (!((counted | previous_counted) & COUNTED_BITS) ||
+	    bpf_ktime_get_boot_ns() - READ_ONCE(p->since) < CERTAIN_AFTER)
+		return 0;
+	key = key_of(p);
+	previous = previous_key_of(p);
 	now.family = BPF_CORE_READ(sk, __sk_common.skc_family);
+	now.state = BPF_CORE_READ(sk, __sk_common.skc_state);
 	now.remote_port = bpf_ntohs(BPF_CORE_READ(sk, __sk_common.skc_dport));
 	set_addresses(&now, sk);
-	connected = BPF_CORE_READ(sk, __sk_common.skc_state) != TCP_CLOSE;
-	if (!connected || now.remote_port != p->previous_port ||
-	    !same_address(now.remote_address, p->previous_address))
-		uncount_previous(p);
-	if (!connected || now.remote_port != p->backend_port ||
-	    !same_address(now.remote_address, p->backend_address))
-		uncount(p);
+	if (is_at(&now, p->backend_address, p->backend_port)) {
+		uncount_key(&previous, take_seen(&p->previous_counted, previous_counted));
+		return 0;
+	}
+	uncount_key(&key, take_seen(&p->counted, counted));
+	if (!is_at(&now, p->previous_address, p->previous_port))
+		uncount_key(&previous, take_seen(&p->previous_counted, previous_counted));
 	return 0;
 }
 

@@ -149,10 +149,14 @@ struct live_key {
 	__u32 backend;
 };
 
-/* Where a socket is counted. Whoever takes the bits away (one xchg) also subtracts. */
+/* Where a socket is counted. Whoever takes the bits away (one atomic) also subtracts. The rest of
+ * the word is the number of the connect, so that nobody takes the bits of another one.
+ */
 enum counted {
 	COUNTED_LIVE = 1, /* in the live index */
 	COUNTED_LOAD = 2, /* in the load of the backend, for least-connections */
+	COUNTED_BITS = 3,
+	COUNTED_CONNECT = 4, /* one connect */
 };
 
 enum reason {
@@ -200,8 +204,10 @@ struct datagram_peer {
 
 #define DATAGRAM_PEERS 4
 
+/* Threads may share a socket, and sendmsg hooks run without its lock. */
 struct datagram_peers {
 	struct datagram_peer peer[DATAGRAM_PEERS];
+	struct bpf_spin_lock lock;
 	__u32 clock;
 	__u32 overflown; /* not 0: look in datagram_overflow, too */
 };
@@ -222,6 +228,7 @@ struct overflow_key {
 struct overflow_peer {
 	__be32 address[4];
 	__u32 backend;
+	__u32 used; /* as in datagram_peer; 0 where the socket has no storage */
 	__u16 port;
 	__u8 pad[2];
 };

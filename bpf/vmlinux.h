@@ -25,6 +25,7 @@ enum {
 
 #define AF_INET 2
 #define AF_INET6 10
+#define TCP_ESTABLISHED 1
 #define TCP_CLOSE 7
 #define IPPROTO_TCP 6
 #define IPPROTO_UDP 17
@@ -53,6 +54,10 @@ enum {
 /* Only to ask, when an object is loaded, whether the kernel has a helper. */
 enum bpf_func_id {
 	BPF_FUNC_set_retval = 187,
+};
+
+struct bpf_spin_lock {
+	__u32 val;
 };
 
 struct bpf_sock {

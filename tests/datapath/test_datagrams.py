@@ -75,6 +75,20 @@ def test_so_it_does_on_a_connected_socket(
         assert receive(client) == dialled
 
 
+@forms
+def test_a_connected_socket_may_name_its_peer_again(node: Node, echoes: Echoes, form: str) -> None:
+    """sendto() where send() would do: it goes to the backend whose answers the socket takes."""
+    node.install(at(1, *both(1, 2, 3, 4)))
+    dialled = form.format(1), 53
+    for _ in range(10):
+        with udp(form) as client:
+            client.connect(dialled)
+            client.send(b"who?")
+            first = echoes.received().server
+            assert client.sendto(b"who?", dialled)
+            assert echoes.received().server == first
+
+
 TTL = {
     socket.AF_INET: (socket.IPPROTO_IP, socket.IP_TTL),
     socket.AF_INET6: (socket.IPPROTO_IPV6, socket.IPV6_HOPLIMIT),
@@ -155,6 +169,39 @@ def test_it_moves_when_its_backend_leaves(
         # That the first is back is no reason to go.
         node.install(at(1, *both(1, 2, 3)))
         assert {echoes.ask(client, dialled) for _ in range(5)} == {second}
+
+
+@forms
+def test_it_stays_where_terminating_backends_serve(node: Node, echoes: Echoes, form: str) -> None:
+    """Nothing is active: those that serve instead keep their sockets, too."""
+    dialled = form.format(1)
+    node.install(at(1, *both(1, 2, 3)))
+    with udp(form) as client:
+        first = echoes.ask(client, dialled)
+        node.install(at(1, *given(1, 2, 3, state=BackendState.TERMINATING)))
+        assert {echoes.ask(client, dialled) for _ in range(10)} == {first}
+        with udp(form) as another:
+            assert len({echoes.ask(another, dialled) for _ in range(10)}) == 1
+        # The first active one has it.
+        node.install(at(1, *given(1, 2, 3, state=BackendState.TERMINATING), *both(4)))
+        assert {echoes.ask(client, dialled).server for _ in range(5)} == {4}
+
+
+@forms
+def test_a_frontend_that_goes_to_another_service_takes_its_sockets_along(
+    node: Node, echoes: Echoes, form: str
+) -> None:
+    """The backend of before is active, but in the service that has lost the frontend."""
+    mine, kept = at(1).frontends, at(2).frontends
+    addresses = [str(frontend) for frontend in mine + kept]
+    node.install(service("old", *addresses, backends=both(1)))
+    with udp(form) as client:
+        assert echoes.ask(client, form.format(1)).server == 1
+        node.install(
+            service("old", *addresses[2:], backends=both(1)),
+            service("new", *addresses[:2], backends=both(2)),
+        )
+        assert echoes.ask(client, form.format(1)) == Answer(2, (form.format(1), 53))
 
 
 @forms
@@ -248,6 +295,23 @@ def test_services_that_share_backends_get_different_ones(
     assert counts(node, form, 2) == (160, 0)
 
 
+@forms
+@pytest.mark.parametrize("before", [0, 3, 6], ids="{}-peers-before".format)
+def test_where_two_services_are_one_backend_the_latest_has_the_answer(
+    node: Node, crowd: Echoes, form: str, before: int
+) -> None:
+    shared = both(150)
+    others = [at(n, *both(n + 100)) for n in range(1, before + 1)]
+    node.install(at(11, *shared), at(12, *shared), *others)
+    ambiguous = node.total(Total.AMBIGUOUS)
+    with udp(form) as client:
+        for n in range(1, before + 1):
+            crowd.ask(client, form.format(n))
+        for n in (11, 12, 11, 12, 12, 11, 11):
+            assert crowd.ask(client, form.format(n)) == Answer(150, (form.format(n), 53))
+    assert node.total(Total.AMBIGUOUS) - ambiguous == 1
+
+
 # --- refused, bypassed -------------------------------------------------------------------------
 
 
@@ -301,6 +365,3 @@ def test_bypass_leaves_datagrams_alone(node: Node, echoes: Echoes, form: str) ->
             assert client.recvfrom(100)[1][0] == real
         assert counts(node, form, 2) == (0, 0)
         assert echoes.ask(client, form.format(1)) == first
-
-
-# --- many threads, one socket --------------------------------------------------------------------

@@ -198,9 +198,7 @@ class _Names:
         )
 
     def datagrams(self, peers: list[Peer], netns_cookie: int) -> list[DatagramRow]:
-        # Where some are in the overflow, which has no clock, nobody knows.
         latest = max((peer.used for peer in peers), default=0)
-        known = all(peer.used for peer in peers)
         return [
             DatagramRow(
                 *split_service_port(self._service_at(peer, netns_cookie)),
@@ -208,7 +206,7 @@ class _Names:
                 backend=_end(peer.backend_address, peer.backend_port),
                 backend_id=peer.backend,
                 backend_state=self._backend_state(peer.backend),
-                latest=known and peer.used == latest,
+                latest=0 < latest == peer.used,
             )
             for peer in sorted(peers, key=lambda peer: -peer.used)
         ]

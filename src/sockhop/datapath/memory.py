@@ -21,13 +21,12 @@ from sockhop.kernel.objects import object_path
 __all__ = ["Peer", "SocketMemory"]
 
 _FD: Codec[int] = Codec(int, struct.Struct("=i"))
-_TO_BACKEND = 0
 
 
 class Peer(NamedTuple):
     """The backend that an unconnected UDP socket uses for a frontend.
 
-    `used` grows with every datagram of the socket; 0 where that is not known.
+    `used` grows with every datagram of the socket; 0 where its storage was refused.
     """
 
     frontend_address: bytes
@@ -106,10 +105,19 @@ class SocketMemory:
         return found + (self._overflown(cookie) if kept.overflown else [])
 
     def _overflown(self, cookie: int) -> list[Peer]:
+        """The entry of the backend knows better who sent last, but names one frontend only."""
+        kept = {key: to for key, to in self._overflow.items() if key.cookie == cookie}
+        last = {(to.address, to.port): to.used for key, to in kept.items() if key.direction}
         return [
-            Peer(key.address, key.port, to.address, to.port, to.backend, 0)
-            for key, to in self._overflow.items()
-            if key.cookie == cookie and key.direction == _TO_BACKEND
+            Peer(
+                *(frontend := (key.address, key.port)),
+                to.address,
+                to.port,
+                to.backend,
+                max(to.used, last.get(frontend, 0)),
+            )
+            for key, to in kept.items()
+            if not key.direction
         ]
 
     def _open(self, name: str, key: Codec[Any], value: Codec[Any]) -> Map[Any, Any]:

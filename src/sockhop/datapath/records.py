@@ -240,6 +240,7 @@ class OverflowPeer(NamedTuple):
 
     address: bytes
     backend: int
+    used: int
     port: int
 
 

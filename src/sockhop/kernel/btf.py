@@ -1,8 +1,9 @@
 """Layouts of C structs, read from the BTF of an object, and the codecs made from them.
 
 A record type in Python is a NamedTuple whose fields are the members of the C struct, in order,
-without those called pad or reserved. A codec refuses a type that does not match, so that
-C and Python cannot drift. Integers stay integers; arrays and nested structs are bytes.
+without those called pad, reserved or lock (a bpf_spin_lock, which the kernel hides). A codec
+refuses a type that does not match, so that C and Python cannot drift. Integers stay integers;
+arrays and nested structs are bytes.
 """
 
 import struct
@@ -16,7 +17,7 @@ __all__ = ["Codec", "Layouts", "Member"]
 T = TypeVar("T")
 
 _UNSIGNED = {1: "B", 2: "H", 4: "I", 8: "Q"}
-_FILLERS = ("pad", "reserved")
+_FILLERS = ("pad", "reserved", "lock")
 
 
 class Member(NamedTuple):
