@@ -20,8 +20,13 @@ __all__ = [
     "Desired",
     "Frontend",
     "FrontendType",
+    "Intent",
+    "IntentKind",
+    "IntentRule",
     "Protocol",
     "Service",
+    "Trigger",
+    "default_intent",
     "endpoint",
     "is_loopback",
     "pack_address",
@@ -76,6 +81,54 @@ class Algorithm(StrEnum):
     ROUND_ROBIN = "round-robin"
     MAGLEV = "maglev"
     LEAST_CONNECTIONS = "least-connections"
+
+
+class Trigger(StrEnum):
+    """What befalls live sockets: their backend leaves or changes state, or a policy forbids them.
+
+    `removed`: the backend is no longer one of this service, whatever else it still serves.
+    """
+
+    REMOVED = "removed"
+    TERMINATING = "terminating"
+    QUARANTINED = "quarantined"
+    MAINTENANCE = "maintenance"
+    DENIED = "denied"
+
+
+class IntentKind(StrEnum):
+    """What should become of live sockets."""
+
+    LEAVE = "leave"
+    DRAIN = "drain"
+    SEVER = "sever"
+    RESTEER = "resteer"
+
+
+class Intent(msgspec.Struct, frozen=True):
+    """What should become of live sockets, and when.
+
+    For `drain`: after `after` seconds those are ended that make no progress, and after `deadline`
+    seconds all that are left; None: never. Both count from the change. Else both are not used.
+    """
+
+    kind: IntentKind
+    after: float = 0.0
+    deadline: float | None = None
+
+    def __str__(self) -> str:
+        if self.kind is not IntentKind.DRAIN:
+            return self.kind
+        deadline = "" if self.deadline is None else f", deadline {self.deadline:g}s"
+        return f"drain {self.after:g}s{deadline}"
+
+
+class IntentRule(msgspec.Struct, frozen=True):
+    """The intent of a service for one protocol and trigger."""
+
+    protocol: Protocol
+    trigger: Trigger
+    intent: Intent
 
 
 class Backend(msgspec.Struct, frozen=True, order=True, gc=False):
@@ -139,6 +192,7 @@ class Service(msgspec.Struct, frozen=True):
     `fallback`: the states, in this order, whose backends serve where none is active.
     `reserve`: whether sockets are kept from binding to the frontends.
     `clients`: None is the same as a :class:`Clients` that says nothing.
+    `intents`: what differs from :func:`default_intent`, each protocol and trigger at most once.
     """
 
     name: str
@@ -148,6 +202,20 @@ class Service(msgspec.Struct, frozen=True):
     fallback: tuple[BackendState, ...] = (BackendState.TERMINATING,)
     reserve: bool = False
     clients: Clients | None = None
+    intents: tuple[IntentRule, ...] = ()
+
+    def intent(self, protocol: Protocol, trigger: Trigger) -> Intent:
+        """Return what should become of live sockets of this service.
+
+        TCP cannot be moved to another peer: there `resteer` means `sever`.
+        """
+        for rule in self.intents:
+            if rule.protocol is protocol and rule.trigger is trigger:
+                intent = rule.intent
+                if protocol is Protocol.TCP and intent.kind is IntentKind.RESTEER:
+                    return Intent(IntentKind.SEVER)
+                return intent
+        return default_intent(protocol, trigger)
 
 
 class Desired(msgspec.Struct, frozen=True):
@@ -160,6 +228,33 @@ class Desired(msgspec.Struct, frozen=True):
         for service in self.services:
             for frontend in service.frontends:
                 yield service, frontend
+
+
+def default_intent(protocol: Protocol, trigger: Trigger) -> Intent:
+    """Return what becomes of live sockets where their service says nothing.
+
+    A TCP connection to a backend that has left its service may still be in use: it ends only once
+    its peer is silent. A backend in another state is still there, and finishes what it has begun.
+    Connected UDP cannot tell that nobody listens: it moves to where somebody does, but not from a
+    backend in maintenance, which a person has asked for and which still answers. What a policy
+    forbids ends at once.
+    """
+    return _DEFAULT_INTENTS[protocol, trigger]
+
+
+_LEAVE, _SEVER, _RESTEER = map(Intent, (IntentKind.LEAVE, IntentKind.SEVER, IntentKind.RESTEER))
+_DEFAULT_INTENTS = {
+    (Protocol.TCP, Trigger.REMOVED): Intent(IntentKind.DRAIN, after=30.0),
+    (Protocol.TCP, Trigger.TERMINATING): _LEAVE,
+    (Protocol.TCP, Trigger.QUARANTINED): _LEAVE,
+    (Protocol.TCP, Trigger.MAINTENANCE): _LEAVE,
+    (Protocol.TCP, Trigger.DENIED): _SEVER,
+    (Protocol.UDP, Trigger.REMOVED): _RESTEER,
+    (Protocol.UDP, Trigger.TERMINATING): _RESTEER,
+    (Protocol.UDP, Trigger.QUARANTINED): _RESTEER,
+    (Protocol.UDP, Trigger.MAINTENANCE): _LEAVE,
+    (Protocol.UDP, Trigger.DENIED): _SEVER,
+}
 
 
 def endpoint(address: str, port: int) -> str:

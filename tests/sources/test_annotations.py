@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sockhop.model import Algorithm
+from sockhop.model import Algorithm, Intent, IntentKind, IntentRule, Protocol, Trigger
 from tests.sources.manifests import refusal, service
 from tests.sources.test_kubernetes import load_objects, with_metadata
 
@@ -29,12 +29,23 @@ def test_annotations(tmp_path: Path) -> None:
     assert (found.algorithm, found.reserve, warnings) == (Algorithm.RANDOM, False, [])
 
 
+def test_intents(tmp_path: Path) -> None:
+    asked = {"intent-tcp": "removed: {drain: 5s, deadline: 1m}", "intent-udp": "{denied: leave}"}
+    (found,), warnings = load_objects(tmp_path, annotated(**asked))
+    assert set(found.intents) == {
+        IntentRule(Protocol.TCP, Trigger.REMOVED, Intent(IntentKind.DRAIN, 5, 60)),
+        IntentRule(Protocol.UDP, Trigger.DENIED, Intent(IntentKind.LEAVE)),
+    }
+    assert warnings == []
+
+
 def test_annotations_that_sockhop_does_not_know_are_said(tmp_path: Path) -> None:
     (found,), warnings = load_objects(tmp_path, annotated(algoritm="maglev"))
     assert found.algorithm is Algorithm.RANDOM
     assert warnings == [
         "Service test/echo: annotation 'sockhop.io/algoritm' is ignored: "
-        "sockhop knows sockhop.io/algorithm and sockhop.io/reserve"
+        "sockhop knows sockhop.io/algorithm, sockhop.io/reserve, sockhop.io/intent-tcp "
+        "and sockhop.io/intent-udp"
     ]
 
 
@@ -55,6 +66,31 @@ def test_annotations_that_sockhop_does_not_know_are_said(tmp_path: Path) -> None
             {"sockhop.io/reserve": True},
             "annotations['sockhop.io/reserve']: found true, "
             "expected one of 'true', 'false'\n  quote it: \"true\"",
+        ),
+        (
+            {"sockhop.io/intent-tcp": "removed: drain"},
+            "annotations['sockhop.io/intent-tcp']: found 'drain' at removed, expected one of "
+            "leave, sever, resteer, {drain: DURATION, deadline: DURATION}",
+        ),
+        (
+            {"sockhop.io/intent-tcp": "gone: leave"},
+            "annotations['sockhop.io/intent-tcp']: found unknown key 'gone' at gone, expected "
+            "one of removed, terminating, quarantined, maintenance, denied",
+        ),
+        (
+            {"sockhop.io/intent-udp": "{denied: {drain: 5s, deadline: 1s}}"},
+            "annotations['sockhop.io/intent-udp']: found '1s' at denied.deadline, expected "
+            "no less than the time to drain, 5s",
+        ),
+        (
+            {"sockhop.io/intent-udp": "leave"},
+            "annotations['sockhop.io/intent-udp']: found 'leave', "
+            "expected YAML such as 'removed: {drain: 30s}'",
+        ),
+        (
+            {"sockhop.io/intent-udp": {"removed": "leave"}},
+            "annotations['sockhop.io/intent-udp']: found a mapping, expected a string with "
+            "YAML such as 'removed: {drain: 30s}'",
         ),
         ({1: "x"}, "annotations: found the key 1, expected a string\n  keys too need quotes"),
         (["x"], "annotations: found a list of 1, expected a mapping"),

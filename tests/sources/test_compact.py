@@ -6,7 +6,20 @@ from typing import Any
 
 import pytest
 
-from sockhop.model import Algorithm, Backend, BackendState, Clients, Frontend, Protocol, Service
+from sockhop.model import (
+    Algorithm,
+    Backend,
+    BackendState,
+    Clients,
+    Frontend,
+    Intent,
+    IntentKind,
+    IntentRule,
+    Protocol,
+    Service,
+    Trigger,
+    default_intent,
+)
 from tests.sources.manifests import compact, load_text, refusal
 
 pytestmark = pytest.mark.unit
@@ -54,6 +67,10 @@ def test_the_full_example(tmp_path: Path) -> None:
             ),
             Algorithm.MAGLEV,
             10800,
+            intents=(
+                IntentRule(Protocol.TCP, Trigger.REMOVED, Intent(IntentKind.DRAIN, 30.0)),
+                IntentRule(Protocol.UDP, Trigger.REMOVED, Intent(IntentKind.RESTEER)),
+            ),
         ),
         Service(
             "web",
@@ -379,10 +396,7 @@ def test_splice_takes_yaml_booleans(tmp_path: Path) -> None:
 
 def test_everything_unapplied_is_in_one_warning(tmp_path: Path) -> None:
     fields: dict[str, Any] = {
-        "intent": {
-            "tcp": {"removed": {"drain": "30s", "deadline": "5m"}, "terminating": "leave"},
-            "udp": {"quarantined": "sever", "maintenance": "leave", "denied": "sever"},
-        },
+        "intent": {"udp": {"removed": "leave"}},
         "splice": "on",
         "health": {"http": {"path": "/"}},
         "clients": {"namespaces": ["/run/netns/a"], "cgroups": ["/a.slice"], "exclude": ["/b"]},
@@ -391,6 +405,31 @@ def test_everything_unapplied_is_in_one_warning(tmp_path: Path) -> None:
     assert warning.endswith(
         "service web: intent, splice, health are checked but not applied by this version"
     )
+
+
+def test_intents(tmp_path: Path) -> None:
+    said = one(
+        tmp_path,
+        intent={
+            "tcp": {"removed": {"drain": "1500ms", "deadline": "5m"}, "terminating": "resteer"},
+            "udp": {"quarantined": "sever", "denied": "leave"},
+        },
+    )
+    silent = one(tmp_path)
+    tcp, udp = Protocol.TCP, Protocol.UDP
+    for protocol, trigger, expected in (
+        (tcp, Trigger.REMOVED, Intent(IntentKind.DRAIN, 1.5, 300.0)),
+        (tcp, Trigger.TERMINATING, Intent(IntentKind.SEVER)),
+        (udp, Trigger.QUARANTINED, Intent(IntentKind.SEVER)),
+        (udp, Trigger.DENIED, Intent(IntentKind.LEAVE)),
+    ):
+        assert said.intent(protocol, trigger) == expected
+        assert silent.intent(protocol, trigger) == default_intent(protocol, trigger)
+    assert said.intent(udp, Trigger.REMOVED) == Intent(IntentKind.RESTEER)
+    assert said.intent(tcp, Trigger.DENIED) == Intent(IntentKind.SEVER)
+    assert silent.intent(tcp, Trigger.REMOVED) == Intent(IntentKind.DRAIN, 30.0)
+    assert str(said.intent(tcp, Trigger.REMOVED)) == "drain 1.5s, deadline 300s"
+    assert str(silent.intent(udp, Trigger.MAINTENANCE)) == "leave"
 
 
 def test_too_many_backends(tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from sockhop.model import Algorithm
-from sockhop.sources.fields import FieldError, did_you_mean, shown
+from sockhop.model import Algorithm, IntentRule, Protocol
+from sockhop.sources.fields import FieldError, did_you_mean, path_text, shown
+from sockhop.sources.intents import read_intent_annotation
 
 __all__ = ["Wishes", "read_annotations"]
 
@@ -14,6 +15,8 @@ _CHOICES: dict[str, dict[str, Any]] = {
     _ALGORITHM: {str(algorithm): algorithm for algorithm in Algorithm},
     _RESERVE: {"true": True, "false": False},
 }
+_INTENTS = {f"{_PREFIX}intent-{protocol.lower()}": protocol for protocol in Protocol}
+_KNOWN = (*_CHOICES, *_INTENTS)
 
 
 class Wishes(NamedTuple):
@@ -21,6 +24,7 @@ class Wishes(NamedTuple):
 
     algorithm: Algorithm
     reserve: bool
+    intents: tuple[IntentRule, ...]
     remarks: tuple[str, ...]
 
 
@@ -30,12 +34,16 @@ def read_annotations(annotations: Mapping[str, Any]) -> Wishes:
     Raises FieldError, whose path starts at the object. A null is as good as no annotation.
     """
     found: dict[str, Any] = {_ALGORITHM: Algorithm.RANDOM, _RESERVE: False}
+    intents: list[IntentRule] = []
     remarks = []
     for key, value in annotations.items():
         if not key.startswith(_PREFIX) or value is None:
             continue
+        if key in _INTENTS:
+            intents += _intents(key, value)
+            continue
         if key not in _CHOICES:
-            known = " and ".join(_CHOICES)
+            known = f"{', '.join(_KNOWN[:-1])} and {_KNOWN[-1]}"
             remarks.append(f"annotation {shown(key)} is ignored: sockhop knows {known}")
             continue
         choices = _CHOICES[key]
@@ -48,4 +56,15 @@ def read_annotations(annotations: Mapping[str, Any]) -> Wishes:
                 quote=isinstance(value, bool),
             )
         found[key] = choices[value]
-    return Wishes(found[_ALGORITHM], found[_RESERVE], tuple(remarks))
+    return Wishes(found[_ALGORITHM], found[_RESERVE], tuple(intents), tuple(remarks))
+
+
+def _intents(key: str, value: Any) -> tuple[IntentRule, ...]:
+    try:
+        return read_intent_annotation(_INTENTS[key], value)
+    except FieldError as error:
+        # What is inside the string has no line of its own.
+        inner = f" at {path_text(error.path)}" if error.path else ""
+        path = ("metadata", "annotations", key)
+        found = f"{error.found}{inner}"
+        raise FieldError(found, error.expected, path=path, hint=error.hint) from None

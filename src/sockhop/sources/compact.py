@@ -23,7 +23,15 @@ from sockhop.model import (
     endpoint,
 )
 from sockhop.sources.documents import Document, Place
-from sockhop.sources.fields import FieldError, FieldPath, parse_host, shown
+from sockhop.sources.fields import (
+    Duration,
+    FieldError,
+    FieldPath,
+    milliseconds,
+    parse_host,
+    shown,
+)
+from sockhop.sources.intents import IntentForm, read_intents
 
 __all__ = ["AFFINITY_DEFAULT", "AFFINITY_MAX", "CompactClaim", "FrontendKeys", "read_compact"]
 
@@ -39,7 +47,6 @@ AFFINITY_DEFAULT = 10800
 FALLBACK_DEFAULT = (BackendState.TERMINATING,)
 """What serves where no backend is active, as in Kubernetes (KEP-1669)."""
 
-_MILLISECONDS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _PROTOCOLS = {
     "tcp": (Protocol.TCP,),
     "udp": (Protocol.UDP,),
@@ -56,13 +63,6 @@ Name = Annotated[
         max_length=NAME_MAX,
         description=f"a name of 1 to {NAME_MAX} letters, digits and . _ / -, "
         "with a letter or digit at each end",
-    ),
-]
-Duration = Annotated[
-    str,
-    Meta(
-        pattern=r"^[1-9][0-9]{0,8}(ms|s|m|h|d)\Z",
-        description='a duration such as "500ms", "30s", "5m", "3h" or "1d"',
     ),
 ]
 AbsolutePath = Annotated[
@@ -95,36 +95,6 @@ class SessionAffinity(Struct, frozen=True, forbid_unknown_fields=True):
     """By what clients are told apart: their address."""
 
     client_ip: ClientAffinity = field(name="clientIP")
-
-
-class Drain(Struct, frozen=True, forbid_unknown_fields=True, gc=False):
-    """After `drain` end what makes no progress, after `deadline` all that is left."""
-
-    drain: Duration
-    deadline: Duration | UnsetType = UNSET
-
-
-Action = Annotated[
-    Literal["leave", "sever", "resteer"] | Drain,
-    Meta(description="one of leave, sever, resteer, {drain: DURATION, deadline: DURATION}"),
-]
-
-
-class Triggers(Struct, frozen=True, forbid_unknown_fields=True):
-    """What should happen to live sockets when a backend or a permission goes."""
-
-    removed: Action | UnsetType = UNSET
-    terminating: Action | UnsetType = UNSET
-    quarantined: Action | UnsetType = UNSET
-    maintenance: Action | UnsetType = UNSET
-    denied: Action | UnsetType = UNSET
-
-
-class Intent(Struct, frozen=True, forbid_unknown_fields=True):
-    """Triggers by protocol."""
-
-    tcp: Triggers | UnsetType = UNSET
-    udp: Triggers | UnsetType = UNSET
 
 
 class HttpCheck(Struct, frozen=True, forbid_unknown_fields=True, gc=False):
@@ -182,7 +152,7 @@ class ServiceForm(Struct, frozen=True, forbid_unknown_fields=True):
         | UnsetType
     ) = UNSET
     reserve: bool = False
-    intent: Intent | UnsetType = UNSET
+    intent: IntentForm | UnsetType = UNSET
     splice: (
         Annotated[Literal["auto", "on", "off"] | bool, Meta(description="one of auto, on, off")]
         | UnsetType
@@ -238,8 +208,8 @@ def read_compact(document: Document, warnings: list[str]) -> Iterator[CompactCla
                 _fallback(form),
                 form.reserve,
                 _clients(form),
+                () if form.intent is UNSET else read_intents(form.intent),
             )
-            _check_intent(form)
         except FieldError as error:
             raise document.error(error.under(*path)) from None
         for text in _ignored(form, frontends):
@@ -320,14 +290,14 @@ def _affinity(form: ServiceForm) -> int:
     timeout = form.session_affinity.client_ip.timeout
     if timeout is UNSET:
         return AFFINITY_DEFAULT
-    milliseconds = _milliseconds(timeout)
-    if milliseconds % 1000 or not 1000 <= milliseconds <= AFFINITY_MAX * 1000:
+    found = milliseconds(timeout)
+    if found % 1000 or not 1000 <= found <= AFFINITY_MAX * 1000:
         raise FieldError(
             shown(timeout),
             "whole seconds, from 1s to 1d",
             path=("sessionAffinity", "clientIP", "timeout"),
         )
-    return milliseconds // 1000
+    return found // 1000
 
 
 def _fallback(form: ServiceForm) -> tuple[BackendState, ...]:
@@ -349,30 +319,6 @@ def _clients(form: ServiceForm) -> Clients | None:
     found = form.clients.namespaces
     namespaces = tuple(found) if isinstance(found, list) else None if found is UNSET else found
     return Clients(namespaces, tuple(form.clients.cgroups), tuple(form.clients.exclude))
-
-
-def _check_intent(form: ServiceForm) -> None:
-    if form.intent is UNSET:
-        return
-    for protocol in ("tcp", "udp"):
-        triggers = getattr(form.intent, protocol)
-        if triggers is UNSET:
-            continue
-        for trigger in triggers.__struct_fields__:
-            action = getattr(triggers, trigger)
-            if not isinstance(action, Drain) or action.deadline is UNSET:
-                continue
-            if _milliseconds(action.deadline) < _milliseconds(action.drain):
-                raise FieldError(
-                    shown(action.deadline),
-                    f"no less than the time to drain, {action.drain}",
-                    path=("intent", protocol, trigger, "deadline"),
-                )
-
-
-def _milliseconds(duration: str) -> int:
-    digits = duration.rstrip("mshd")
-    return int(digits) * _MILLISECONDS[duration[len(digits) :]]
 
 
 def _ignored(form: ServiceForm, frontends: tuple[Frontend, ...]) -> Iterator[str]:

@@ -16,9 +16,11 @@ from msgspec import structs
 from sockhop.model import parse_address
 
 __all__ = [
+    "Duration",
     "FieldError",
     "FieldPath",
     "did_you_mean",
+    "milliseconds",
     "mismatch",
     "parse_host",
     "path_text",
@@ -28,7 +30,16 @@ __all__ = [
 FieldPath = tuple[str | int, ...]
 """Keys and indexes that lead to a value."""
 
+Duration = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^[1-9][0-9]{0,8}(ms|s|m|h|d)\Z",
+        description='a duration such as "500ms", "30s", "5m", "3h" or "1d"',
+    ),
+]
+
 _SHOWN_MAX = 60
+_MILLISECONDS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _NAMES: dict[Any, str] = {
     str: "a string",
     int: "a whole number",
@@ -40,7 +51,8 @@ _NAMES: dict[Any, str] = {
 class FieldError(Exception):
     """A value that its field cannot take.
 
-    `path` leads to it from wherever the error is caught; `quote`: it would do as a string.
+    `found` and `expected` are what its text is made of; `path` leads to it from wherever the error
+    is caught; `quote`: it would do as a string.
     """
 
     def __init__(
@@ -53,6 +65,8 @@ class FieldError(Exception):
         quote: bool = False,
     ) -> None:
         super().__init__(f"found {found}, expected {expected}")
+        self.found = found
+        self.expected = expected
         self.path = path
         self.hint = hint
         self.quote = quote
@@ -97,6 +111,12 @@ def parse_host(text: str) -> str:
     except ValueError:
         return ""
     return "" if address in ("0.0.0.0", "::") else address
+
+
+def milliseconds(duration: str) -> int:
+    """Return a :data:`Duration` as a number of milliseconds."""
+    digits = duration.rstrip("mshd")
+    return int(digits) * _MILLISECONDS[duration[len(digits) :]]
 
 
 def mismatch(kind: Any, value: object) -> FieldError:

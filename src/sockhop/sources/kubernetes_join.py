@@ -105,6 +105,7 @@ class Joiner:
             found.wishes.algorithm,
             _affinity(found.spec),
             reserve=found.wishes.reserve,
+            intents=found.wishes.intents,
         )
         if before and before.service == service:
             service = before.service
