@@ -22,10 +22,11 @@ from sockhop.agent.state import AgentState, SourceState
 from sockhop.agent.sync import Synchronizer
 from sockhop.datapath.balancer import Balancer, check_room, map_directory, remove_pins, survey
 from sockhop.datapath.sockets import Sockets
+from sockhop.errors import SystemLackError
 from sockhop.kernel.bpffs import lock_directory
 from sockhop.kernel.cgroups import open_cgroup
 from sockhop.kernel.netns import current_cookie
-from sockhop.sources.files import Loaded, load
+from sockhop.sources.files import FileSource, Loaded
 from sockhop.sources.watch import FileWatcher
 
 __all__ = ["AgentOptions", "run_agent"]
@@ -96,14 +97,22 @@ def run_agent(options: AgentOptions) -> None:
 
 
 class _Sources:
-    """The manifests, without what is left to another tool."""
+    """The manifests, without what is left to another tool.
+
+    Only those are looked at that `watcher` says were touched, or all, once: without a watcher,
+    and where `everywhere` is set.
+    """
 
     def __init__(self, options: AgentOptions) -> None:
-        self._options = options
+        self._files = FileSource(options.paths, node_name=options.node_name)
+        self.watcher: FileWatcher | None = None
+        self.everywhere = False
         self.coexistence = Coexistence() if options.coexist else None
 
     def load(self) -> Loaded:
-        loaded = load(self._options.paths, node_name=self._options.node_name)
+        touched = self.watcher.take_touched() if self.watcher else None
+        loaded = self._files.load(None if self.everywhere else touched)
+        self.everywhere = False
         if self.coexistence is None:
             return loaded
         self.coexistence.refresh()
@@ -132,6 +141,7 @@ class _Agent:
     async def follow(self, listen: tuple[str, int] | None) -> None:
         """Serve, and apply each change of the sources, until a signal says to stop."""
         with FileWatcher(self._options.paths) as watcher:
+            self._sources.watcher = watcher
             async with self._servers(listen), self._ticking():
                 loop = asyncio.get_running_loop()
                 loop.add_reader(watcher.fileno(), self._on_change, watcher)
@@ -163,11 +173,17 @@ class _Agent:
             ready = True
 
     def _on_change(self, watcher: FileWatcher) -> None:
-        if watcher.changed():
+        try:
+            changed = watcher.changed()
+        except SystemLackError as error:
+            _LOG.error("SIGHUP makes the agent look for changes that it cannot see: %s", error)
+            changed = True
+        if changed:
             self._wake.set()
 
     def _on_hangup(self) -> None:
-        _LOG.info("SIGHUP: reading the sources again")
+        _LOG.info("SIGHUP: looking at all sources")
+        self._sources.everywhere = True
         self._wake.set()
 
     def _on_stop(self) -> None:

@@ -32,6 +32,18 @@ class Installed(NamedTuple):
     members: dict[Member, InstalledMember]
     services: dict[str, int]
 
+    def part(self, *targets: Target) -> "Installed":
+        """Return what of it *targets* name, the services whole."""
+        keys = {key: self.entries.get(key) for target in targets for key in target.entries}
+        members = {
+            member: self.members.get(member) for target in targets for member in target.members
+        }
+        return Installed(
+            {key: entry for key, entry in keys.items() if entry},
+            {member: found for member, found in members.items() if found},
+            self.services,
+        )
+
 
 class Change(NamedTuple):
     """What clients of one frontend meet; `sign` is + for a new one, - for one that goes, else ~."""

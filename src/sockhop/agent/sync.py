@@ -3,20 +3,40 @@
 import gc
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from sockhop.agent.installer import Installer
 from sockhop.agent.places import PlaceFinder
 from sockhop.agent.plan import Plan, make_plan
 from sockhop.agent.state import AgentState
-from sockhop.agent.target import expand
+from sockhop.agent.target import Target, expand
 from sockhop.errors import InputError, SockhopError
+from sockhop.model import Desired, Service
 from sockhop.sources.files import Loaded
 
 __all__ = ["Synchronizer"]
 
 _LOG = logging.getLogger(__name__)
 _LINES = 20
+
+
+class _Applied(NamedTuple):
+    """Services by name, and the places that they name by path."""
+
+    services: dict[str, Service]
+    places: dict[str, int]
+
+    def differing(self, other: "_Applied") -> list[str]:
+        """Return the names of the services that are other ones in *other*, or only in one."""
+        # A source hands out the same object where nothing differs.
+        services = self.services
+        changed = [
+            name
+            for name, service in other.services.items()
+            if (before := services.get(name)) is not service and before != service
+        ]
+        return changed + [name for name in services if name not in other.services]
 
 
 class Synchronizer:
@@ -30,6 +50,7 @@ class Synchronizer:
         self._installer = installer
         self._state = state
         self._home = home
+        self._applied: _Applied | None = None
         self.places = PlaceFinder()
 
     def run(self) -> bool:
@@ -64,8 +85,13 @@ class Synchronizer:
 
     def _apply(self, loaded: Loaded) -> Plan:
         state, installer = self._state, self._installer
-        target = expand(loaded.desired, self._home, self.places.find(loaded.desired))
-        plan = make_plan(target, installer.installed)
+        wanted = _Applied(
+            {service.name: service for service in loaded.desired.services},
+            self.places.find(loaded.desired),
+        )
+        # Until this has gone well, the next plan has to look at all that is installed.
+        applied, self._applied = self._applied, None
+        plan = self._plan(applied, wanted)
         lines = list(map(str, plan.changes(installer.installed)))
         state.generation = installer.apply(plan)
         for line in lines[:_LINES]:
@@ -74,17 +100,32 @@ class Synchronizer:
             _LOG.info("... and %d more frontends", len(lines) - _LINES)
         state.services = len(loaded.desired.services)
         state.frontends = sum(len(service.frontends) for service in loaded.desired.services)
-        state.backends = len(target.members)
+        state.backends = len(installer.installed.members)
         state.synced_at, state.sync_error = time.time(), ""
+        self._applied = wanted
         return plan
+
+    def _plan(self, applied: "_Applied | None", wanted: "_Applied") -> Plan:
+        """Compare what is *wanted* with what is installed, or only what differs from *applied*."""
+        installed = self._installer.installed
+        if applied is None or applied.places != wanted.places:
+            return make_plan(self._expand(wanted, wanted.services), installed)
+        names = applied.differing(wanted)
+        before, after = self._expand(applied, names), self._expand(wanted, names)
+        return make_plan(after, installed.part(before, after))
+
+    def _expand(self, state: "_Applied", names: Iterable[str]) -> Target:
+        services = tuple(state.services[name] for name in names if name in state.services)
+        return expand(Desired(services), self._home, state.places)
 
     def note_source(self, loaded: Loaded) -> None:
         """Note that the sources are good, and log what is new among their warnings."""
         source = self._state.source
         if source.error:
             _LOG.info("the sources are good again")
+        known = set(source.warnings)
         for warning in loaded.warnings:
-            if warning not in source.warnings:
+            if warning not in known:
                 _LOG.warning("%s", warning)
         source.error, source.error_at, source.good_at = "", 0.0, time.time()
         source.warnings = list(loaded.warnings)
