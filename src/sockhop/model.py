@@ -5,6 +5,7 @@ it, so that one value says everything about one address that clients dial. Sourc
 objects, the agent compares them with what the kernel holds.
 """
 
+import ipaddress
 import socket
 from collections.abc import Iterable
 from enum import StrEnum
@@ -23,7 +24,12 @@ __all__ = [
     "Intent",
     "IntentKind",
     "IntentRule",
+    "Policy",
+    "PolicyAction",
+    "Ports",
     "Protocol",
+    "Redirect",
+    "Rule",
     "Service",
     "Trigger",
     "default_intent",
@@ -31,6 +37,7 @@ __all__ = [
     "is_loopback",
     "pack_address",
     "parse_address",
+    "parse_network",
     "unpack_address",
 ]
 
@@ -42,6 +49,7 @@ BACKENDS_MAX = 65535
 """Most backends of one frontend; the service word has room for 24 bits."""
 
 _MAPPED = b"\0" * 10 + b"\xff\xff"
+_MAPPED_NETWORK = ipaddress.IPv6Network("::ffff:0:0/96")
 
 
 class Protocol(StrEnum):
@@ -72,6 +80,7 @@ class FrontendType(StrEnum):
     CLUSTER_IP = "ClusterIP"
     LOAD_BALANCER = "LoadBalancer"
     EXTERNAL_IP = "ExternalIP"
+    LOCAL_REDIRECT = "LocalRedirect"
 
 
 class Algorithm(StrEnum):
@@ -218,10 +227,70 @@ class Service(msgspec.Struct, frozen=True):
         return default_intent(protocol, trigger)
 
 
+class PolicyAction(StrEnum):
+    """What a policy does with the destinations that its rules name."""
+
+    ALLOW = "allow"
+    DENY = "deny"
+
+
+class Ports(msgspec.Struct, frozen=True, order=True):
+    """Ports from `first` to `last`, of one protocol or of both."""
+
+    protocol: Protocol | None = None
+    first: int = 1
+    last: int = 65535
+
+    def __str__(self) -> str:
+        numbers = f"{self.first}-{self.last}" if self.last > self.first else str(self.first)
+        return f"{numbers}/{self.protocol.lower() if self.protocol else 'tcp+udp'}"
+
+
+class Rule(msgspec.Struct, frozen=True, order=True):
+    """Destinations: the addresses of a network but not of those in `excluded`, at these ports.
+
+    Networks are canonical text (see :func:`parse_network`). No `ports`: every port.
+    """
+
+    cidr: str
+    excluded: tuple[str, ...] = ()
+    ports: tuple[Ports, ...] = ()
+
+
+class Policy(msgspec.Struct, frozen=True):
+    """Where sockets may connect and send to; it speaks of what they reach after balancing.
+
+    A denial forbids its clients what its rules name. A client of any that allow may reach only
+    what one of these names. Denials win. `clients`: None or without namespaces: those of all.
+    `refused`: what of it cannot be enforced; if there is anything, none of it is.
+    """
+
+    name: str
+    action: PolicyAction
+    rules: tuple[Rule, ...] = ()
+    clients: Clients | None = None
+    refused: tuple[str, ...] = ()
+
+
+class Redirect(msgspec.Struct, frozen=True):
+    """A LocalRedirectPolicy: who dials its frontends is served by backends on this node.
+
+    Sockets made in the cgroups `exempt`, or below them, are served as if it were not there: those
+    of the local backends, which may dial the same address. `refused` as in :class:`Policy`.
+    """
+
+    name: str
+    frontends: tuple[Frontend, ...] = ()
+    exempt: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+
+
 class Desired(msgspec.Struct, frozen=True):
-    """All services that the sources ask for; frontends are unique across them."""
+    """All that the sources ask for; frontends are unique across services, and across redirects."""
 
     services: tuple[Service, ...] = ()
+    policies: tuple[Policy, ...] = ()
+    redirects: tuple[Redirect, ...] = ()
 
     def frontends(self) -> Iterable[tuple[Service, Frontend]]:
         """Each frontend with the service that owns it."""
@@ -271,6 +340,23 @@ def parse_address(text: str) -> str:
         return unpack_address(pack_address(text))
     except (OSError, ValueError):
         raise ValueError(f"{text!r} is not an IPv4 or IPv6 address") from None
+
+
+def parse_network(text: str) -> str:
+    """Return the canonical text of an IPv4 or IPv6 network, `10.0.0.0/8`; mapped becomes IPv4.
+
+    Raises ValueError for anything else: an address without a length, one with bits beyond it.
+    """
+    host, slash, length = text.partition("/")
+    try:
+        if not slash or not length.isdecimal():
+            raise ValueError
+        network = ipaddress.ip_network(text)
+        if network.version == 6 and network.subnet_of(_MAPPED_NETWORK):
+            return f"{parse_address(host)}/{network.prefixlen - 96}"
+    except (TypeError, ValueError):
+        raise ValueError(f"{text!r} is not an IPv4 or IPv6 network") from None
+    return str(network)
 
 
 def pack_address(address: str) -> bytes:

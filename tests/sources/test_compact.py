@@ -360,7 +360,7 @@ def test_what_is_refused(tmp_path: Path, fields: dict[str, Any], said: str) -> N
         ({"version": "1", "services": []}, "version: found '1', expected 1"),
         ({"version": True, "services": []}, "version: found true, expected 1"),
         ({"version": 1, "service": []}, "service: found unknown key 'service', "
-         "expected one of version, services\n  did you mean 'services'?"),
+         "expected one of version, services, policies\n  did you mean 'services'?"),
         ({"version": 1, "services": None}, "services: found null, expected a list"),
         ({"version": 1, "services": [1]}, "services[0]: found 1, expected a mapping"),
         ([], "found an empty list, expected a mapping"),

@@ -364,13 +364,16 @@ def test_a_frontend_twice_in_one_service(tmp_path: Path) -> None:
 
 
 def test_other_kinds_are_counted_and_ignored(tmp_path: Path) -> None:
-    pods = [{"apiVersion": "v1", "kind": "Pod", "metadata": 5, "items": "x"}] * 3
+    maps = [{"apiVersion": "v1", "kind": "ConfigMap", "metadata": 5, "items": "x"}] * 3
     other = {"apiVersion": "serving.knative.dev/v1", "kind": "Service", "spec": []}
-    found, warnings = load_objects(tmp_path, service(), *pods, other)
+    found, warnings = load_objects(tmp_path, service(), *maps, other)
     assert len(found) == 1
-    reads = "sockhop reads v1 Service and discovery.k8s.io/v1 EndpointSlice"
+    reads = (
+        "sockhop reads v1 Service and Pod, discovery.k8s.io/v1 EndpointSlice, "
+        "networking.k8s.io/v1 NetworkPolicy and sockhop.io/v1alpha1 LocalRedirectPolicy"
+    )
     assert warnings == [
-        f"3 objects of kind 'Pod' ('v1') are ignored: {reads}",
+        f"3 objects of kind 'ConfigMap' ('v1') are ignored: {reads}",
         f"1 object of kind 'Service' ('serving.knative.dev/v1') is ignored: {reads}",
     ]
 

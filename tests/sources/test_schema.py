@@ -33,6 +33,9 @@ BEYOND_THE_SCHEMA = (
     "expected each backend once",
     "expected whole seconds, from 1s to 1d",
     "expected no less than the time to drain",
+    "expected an IPv4 or IPv6 network",
+    "expected a network in",
+    "expected a port from 1 to 65535 or a range",
 )
 """What the schema's $comment lists; the last two of its rules are in :func:`is_beyond`."""
 
@@ -116,6 +119,14 @@ TRIGGERS = form(
     {},
     dict.fromkeys(["removed", "terminating", "quarantined", "maintenance", "denied"], ACTIONS),
 )
+CLIENTS = form(
+    {},
+    {
+        "namespaces": st.sampled_from(["host", "all"]) | st.lists(PATHS, min_size=1),
+        "cgroups": st.lists(PATHS, max_size=2),
+        "exclude": st.lists(PATHS, max_size=2),
+    },
+)
 SERVICES = form(
     {
         "name": NAMES,
@@ -139,17 +150,42 @@ SERVICES = form(
             {"http": form({"path": st.from_regex(r"\A/[!-~]{0,9}\Z")}, {})},
             {"interval": DURATIONS, "rise": st.integers(1, 1000), "fall": st.integers(1, 1000)},
         ),
-        "clients": form(
-            {},
-            {
-                "namespaces": st.sampled_from(["host", "all"]) | st.lists(PATHS, min_size=1),
-                "cgroups": st.lists(PATHS, max_size=2),
-                "exclude": st.lists(PATHS, max_size=2),
-            },
-        ),
+        "clients": CLIENTS,
     },
 )
+NETWORKS = st.builds(
+    lambda address, length: str(ipaddress.ip_network((address, length), strict=False)),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 32),
+) | st.builds(
+    lambda address, length: str(ipaddress.ip_network((address, length), strict=False)),
+    st.integers(2**64, 2**128 - 1),
+    st.integers(0, 128),
+)
+RULES = st.lists(
+    form(
+        {"cidr": NETWORKS},
+        {
+            "except": st.just([]),
+            "ports": st.lists(
+                st.integers(1, 65535)
+                | st.builds("{}-{}".format, st.integers(1, 9), st.integers(9, 65535)),
+                min_size=1,
+                max_size=3,
+            ),
+            "protocol": st.sampled_from(["tcp", "udp", "tcp+udp"]),
+        },
+    ),
+    max_size=2,
+)
+POLICIES = form({"name": NAMES, "deny": RULES}, {"clients": CLIENTS}) | form(
+    {"name": NAMES, "allow": RULES}, {"clients": CLIENTS}
+)
 DOCUMENTS = st.builds(
+    lambda services, policies: {"version": 1, "services": services, "policies": policies},
+    st.lists(SERVICES, max_size=3, unique_by=lambda service: service["name"]),
+    st.lists(POLICIES, max_size=2, unique_by=lambda policy: policy["name"]),
+) | st.builds(
     lambda services: {"version": 1, "services": services},
     st.lists(SERVICES, max_size=3, unique_by=lambda service: service["name"]),
 )

@@ -7,7 +7,6 @@ import msgspec
 from sockhop.datapath.cilium import CiliumFrontend, cilium_frontends
 from sockhop.datapath.neighbours import Neighbourhood
 from sockhop.errors import SystemLackError
-from sockhop.model import Desired
 from sockhop.sources.files import Loaded
 
 __all__ = ["Coexistence", "refuse_rivals"]
@@ -69,4 +68,5 @@ class Coexistence:
                 service = msgspec.structs.replace(service, frontends=kept)
             services.append(service)
             warnings += [f"service {service.name}: {f} is left to Cilium" for f in left]
-        return Loaded(Desired(tuple(services)), (*loaded.warnings, *warnings))
+        desired = msgspec.structs.replace(loaded.desired, services=tuple(services))
+        return Loaded(desired, (*loaded.warnings, *warnings))

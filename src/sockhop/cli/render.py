@@ -7,7 +7,7 @@ import msgspec
 
 from sockhop.cli.options import manifests_option, output_option
 from sockhop.cli.output import Column, print_rows, print_value
-from sockhop.model import Desired, Frontend, Service
+from sockhop.model import Clients, Desired, Frontend, Policy, Redirect, Rule, Service
 
 __all__ = ["command"]
 
@@ -18,6 +18,13 @@ _COLUMNS = (
     Column("BACKENDS", "backends"),
     Column("ALGORITHM", "algorithm", wide=True),
 )
+_POLICY_COLUMNS = (
+    Column("POLICY", "policy"),
+    Column("ACTION", "action"),
+    Column("CLIENTS", "clients"),
+    Column("TARGETS", "targets"),
+    Column("REFUSED", "refused"),
+)
 
 
 class _Row(msgspec.Struct):
@@ -26,6 +33,14 @@ class _Row(msgspec.Struct):
     type: str
     backends: list[str]
     algorithm: str
+
+
+class _PolicyRow(msgspec.Struct):
+    policy: str
+    action: str
+    clients: str
+    targets: list[str]
+    refused: list[str]
 
 
 @click.command(epilog="Example: sockhop render -f services.yaml -o json")
@@ -46,6 +61,9 @@ def command(paths: tuple[Path, ...], node_name: str, output: str) -> None:
         print_value(loaded.desired, output)
     else:
         print_rows(_rows(loaded.desired), _COLUMNS, output)
+        if policies := _policy_rows(loaded.desired):
+            click.echo()
+            print_rows(policies, _POLICY_COLUMNS, output)
 
 
 def _rows(desired: Desired) -> list[_Row]:
@@ -60,3 +78,35 @@ def _row(service: Service, frontend: Frontend) -> _Row:
         [str(backend) for backend in frontend.backends],
         service.algorithm,
     )
+
+
+def _policy_rows(desired: Desired) -> list[_PolicyRow]:
+    return [
+        *map(_policy_row, desired.policies),
+        *map(_redirect_row, desired.redirects),
+    ]
+
+
+def _policy_row(policy: Policy) -> _PolicyRow:
+    targets = [_target(rule) for rule in policy.rules]
+    refused = list(policy.refused)
+    return _PolicyRow(policy.name, policy.action, _clients(policy.clients), targets, refused)
+
+
+def _redirect_row(redirect: Redirect) -> _PolicyRow:
+    clients = _clients(Clients(exclude=redirect.exempt))
+    targets = [str(frontend) for frontend in redirect.frontends]
+    return _PolicyRow(redirect.name, "redirect", clients, targets, list(redirect.refused))
+
+
+def _target(rule: Rule) -> str:
+    excluded = "".join(f"!{network}" for network in rule.excluded)
+    return " ".join([rule.cidr + excluded, *map(str, rule.ports)])
+
+
+def _clients(clients: Clients | None) -> str:
+    clients = clients or Clients()
+    chosen = clients.namespaces
+    spaces = chosen if isinstance(chosen, tuple) else () if chosen in (None, "all") else (chosen,)
+    shown = [*spaces, *clients.cgroups, *(f"!{path}" for path in clients.exclude)]
+    return ",".join(shown) or "all"

@@ -4,24 +4,24 @@
 say.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Literal, NamedTuple
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from sockhop.model import (
     BACKENDS_MAX,
-    NAME_MAX,
     WEIGHT_MAX,
     Algorithm,
     Backend,
     BackendState,
-    Clients,
     Frontend,
     Protocol,
     Service,
     endpoint,
 )
+from sockhop.sources.compact_fields import ClientsForm, Name, clients_of
+from sockhop.sources.compact_policies import PolicyForm
 from sockhop.sources.documents import Document, Place
 from sockhop.sources.fields import (
     Duration,
@@ -33,7 +33,15 @@ from sockhop.sources.fields import (
 )
 from sockhop.sources.intents import IntentForm, read_intents
 
-__all__ = ["AFFINITY_DEFAULT", "AFFINITY_MAX", "CompactClaim", "FrontendKeys", "read_compact"]
+__all__ = [
+    "AFFINITY_DEFAULT",
+    "AFFINITY_MAX",
+    "CompactClaim",
+    "CompactFile",
+    "FrontendKeys",
+    "read_compact",
+    "read_services",
+]
 
 FrontendKeys = frozenset[tuple[str, int, Protocol]]
 """What clients dial of a service (:attr:`Frontend.key`)."""
@@ -56,18 +64,6 @@ _ENDPOINT = '"address:port" with a port from 1 to 65535'
 _FRONTEND = f"{_ENDPOINT}, then nothing or one of /tcp, /udp, /tcp+udp"
 _UNAPPLIED = ("intent", "splice", "health")
 
-Name = Annotated[
-    str,
-    Meta(
-        pattern=r"^[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?\Z",
-        max_length=NAME_MAX,
-        description=f"a name of 1 to {NAME_MAX} letters, digits and . _ / -, "
-        "with a letter or digit at each end",
-    ),
-]
-AbsolutePath = Annotated[
-    str, Meta(pattern=r"^/[^\x00-\x1f\x7f]*\Z", description='a path that begins with "/"')
-]
 UrlPath = Annotated[
     str, Meta(pattern=r"^/[!-~]*\Z", description='an HTTP path such as "/health", without blanks')
 ]
@@ -112,20 +108,6 @@ class Health(Struct, frozen=True, forbid_unknown_fields=True):
     fall: Times | UnsetType = UNSET
 
 
-class ClientsForm(Struct, frozen=True, forbid_unknown_fields=True):
-    """Whose connections are balanced: network namespaces and cgroups by path."""
-
-    namespaces: (
-        Annotated[
-            Literal["host", "all"] | Annotated[list[AbsolutePath], Meta(min_length=1)],
-            Meta(description="host, all or a list of one or more paths"),
-        ]
-        | UnsetType
-    ) = UNSET
-    cgroups: list[AbsolutePath] = []
-    exclude: list[AbsolutePath] = []
-
-
 class ServiceForm(Struct, frozen=True, forbid_unknown_fields=True):
     """A service as written. `splice: off` is false to YAML 1.1, `on` is true."""
 
@@ -165,7 +147,8 @@ class CompactFile(Struct, frozen=True, forbid_unknown_fields=True):
     """A whole document."""
 
     version: Literal[1]
-    services: list[ServiceForm]
+    services: list[ServiceForm] | UnsetType = UNSET
+    policies: list[PolicyForm] | UnsetType = UNSET
 
 
 class CompactClaim(NamedTuple):
@@ -191,12 +174,22 @@ class CompactClaim(NamedTuple):
         return (*self.path, "frontends", self.positions[number])
 
 
-def read_compact(document: Document, warnings: list[str]) -> Iterator[CompactClaim]:
-    """Read the services of a compact document; what is ignored goes to *warnings*.
+def read_compact(document: Document) -> CompactFile:
+    """Read a compact document. Raises InputError, also where it asks for nothing at all."""
+    found = document.decode(CompactFile)
+    if found.services is UNSET and found.policies is UNSET:
+        raise document.error(FieldError("nothing", "a list", path=("services",)))
+    return found
+
+
+def read_services(
+    document: Document, forms: Iterable[ServiceForm], warnings: list[str]
+) -> Iterator[CompactClaim]:
+    """Return the services *forms* of a compact document; what is ignored goes to *warnings*.
 
     Raises InputError.
     """
-    for index, form in enumerate(document.decode(CompactFile).services):
+    for index, form in enumerate(forms):
         path = ("services", index)
         try:
             frontends, indexes = _frontends(form)
@@ -207,7 +200,7 @@ def read_compact(document: Document, warnings: list[str]) -> Iterator[CompactCla
                 _affinity(form),
                 _fallback(form),
                 form.reserve,
-                _clients(form),
+                clients_of(form.clients),
                 () if form.intent is UNSET else read_intents(form.intent),
             )
         except FieldError as error:
@@ -311,14 +304,6 @@ def _fallback(form: ServiceForm) -> tuple[BackendState, ...]:
             found = f"{state} again (as in fallback[{first}])"
             raise FieldError(found, "each state once", path=("fallback", index))
     return tuple(BackendState(state) for state in states)
-
-
-def _clients(form: ServiceForm) -> Clients | None:
-    if form.clients is UNSET:
-        return None
-    found = form.clients.namespaces
-    namespaces = tuple(found) if isinstance(found, list) else None if found is UNSET else found
-    return Clients(namespaces, tuple(form.clients.cgroups), tuple(form.clients.exclude))
 
 
 def _ignored(form: ServiceForm, frontends: tuple[Frontend, ...]) -> Iterator[str]:

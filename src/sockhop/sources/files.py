@@ -91,8 +91,8 @@ class FileSource:
             files = dict.fromkeys(chain.from_iterable(self._files.values()))
             parts = [self._known[file].part for file in files]
             if loaded is None or parts != self._parts:
-                services, warnings = self._merger.merge(parts)
-                loaded, self._parts = Loaded(Desired(services), warnings), parts
+                desired, warnings = self._merger.merge(parts)
+                loaded, self._parts = Loaded(desired, warnings), parts
             self._loaded = loaded
             return loaded
 

@@ -3,20 +3,29 @@
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import chain
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from msgspec import structs
 
 from sockhop.errors import InputError
-from sockhop.model import Frontend, Protocol, Service
+from sockhop.model import Desired, Frontend, Policy, Protocol, Service
 from sockhop.sources.compact import CompactClaim
 from sockhop.sources.documents import Place
 from sockhop.sources.fields import FieldError, FieldPath, shown
 from sockhop.sources.kubernetes_join import ClusterClaim, Joiner
+from sockhop.sources.kubernetes_policy import (
+    ClusterPod,
+    ClusterPolicy,
+    ClusterRedirect,
+    join_policy,
+    local_pods,
+)
 from sockhop.sources.parts import Part
+from sockhop.sources.redirects import join_redirects
 
 __all__ = ["Merger"]
 
+_T = TypeVar("_T", ClusterPolicy, ClusterRedirect)
 _LATEST = datetime.max.replace(tzinfo=UTC)
 
 
@@ -42,9 +51,10 @@ class Merger:
     def __init__(self, node_name: str) -> None:
         """*node_name*: the Kubernetes node whose endpoints are local, "" if that is not known."""
         self._joiner = Joiner(node_name)
+        self._node_name = node_name
 
-    def merge(self, parts: Sequence[Part]) -> tuple[tuple[Service, ...], tuple[str, ...]]:
-        """Return all services by name, and the warnings. Raises InputError."""
+    def merge(self, parts: Sequence[Part]) -> tuple[Desired, tuple[str, ...]]:
+        """Return what is asked for, each kind by name, and the warnings. Raises InputError."""
         compact: dict[str, CompactClaim] = {}
         for claim in chain.from_iterable(part.claims for part in parts):
             first = compact.setdefault(claim.service.name, claim)
@@ -68,7 +78,54 @@ class Merger:
                 services[name] = found.service
         if contested := _contested(chain(compact.values(), cluster)):
             _settle(contested, compact.values(), cluster, services, warnings)
-        return tuple(services[name] for name in sorted(services)), tuple(warnings)
+        pods = local_pods(chain.from_iterable(part.pods for part in parts), self._node_name)
+        redirects = chain.from_iterable(part.redirects for part in parts)
+        desired = Desired(
+            tuple(services[name] for name in sorted(services)),
+            tuple(_policies(parts, pods)),
+            tuple(join_redirects(_once(redirects, "LocalRedirectPolicy"), services, pods)),
+        )
+        return desired, (*warnings, *_refusals(desired))
+
+
+def _policies(parts: Sequence[Part], pods: list[ClusterPod]) -> list[Policy]:
+    """Return all policies by name. Raises InputError for a name that is there twice."""
+    found: dict[str, tuple[Policy, Place]] = {}
+    for claim in chain.from_iterable(part.policies for part in parts):
+        first = found.setdefault(claim.policy.name, (claim.policy, claim.place))
+        if first[0] is not claim.policy:
+            name = f"{shown(claim.policy.name)}, which is in {first[1].file} too"
+            error = FieldError(name, "a name of its own")
+            raise claim.place.error(error.under(*claim.path, "name"))
+    policies = chain.from_iterable(part.network_policies for part in parts)
+    for policy in _once(policies, "NetworkPolicy"):
+        if policy.found.name in found:
+            name = f"NetworkPolicy {policy.found.name}, whose name another policy has"
+            error = FieldError(name, "a name of its own", path=("metadata", "name"))
+            raise policy.place.error(error)
+        found[policy.found.name] = join_policy(policy, pods), policy.place
+    return [found[name][0] for name in sorted(found)]
+
+
+def _once(objects: Iterable[_T], kind: str) -> list[_T]:
+    """Return *objects*. Raises InputError for a name that is there twice."""
+    places: dict[str, _T] = {}
+    for each in objects:
+        name = each.found.name
+        first = places.setdefault(name, each)
+        if first is not each:
+            title = f"{kind} {name}, which is at {first.place.title()} too"
+            raise each.place.error(FieldError(title, "each object once", path=("metadata", "name")))
+    return list(places.values())
+
+
+def _refusals(desired: Desired) -> Iterator[str]:
+    for policy in desired.policies:
+        for reason in policy.refused:
+            yield f"policy {policy.name} is refused: {reason}"
+    for redirect in desired.redirects:
+        for reason in redirect.refused:
+            yield f"redirect {redirect.name} is refused: {reason}"
 
 
 def _contested(claims: Iterable[CompactClaim | ClusterClaim]) -> set[tuple[str, int, Protocol]]:

@@ -6,9 +6,18 @@ from typing import NamedTuple
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from sockhop.sources.compact import CompactClaim, read_compact
+from sockhop.sources.compact import CompactClaim, read_compact, read_services
+from sockhop.sources.compact_policies import PolicyClaim, read_policies
 from sockhop.sources.documents import Document, read_documents
 from sockhop.sources.fields import FieldError, shown
+from sockhop.sources.kubernetes_policy import (
+    ClusterPod,
+    ClusterPolicy,
+    ClusterRedirect,
+    read_network_policy,
+    read_pod,
+    read_redirect,
+)
 from sockhop.sources.kubernetes_read import (
     ClusterService,
     ClusterSlice,
@@ -21,7 +30,9 @@ __all__ = ["Part", "read_part"]
 
 
 class Part(NamedTuple):
-    """The services of a file in the compact form, and its Kubernetes objects, in its order.
+    """The services and policies of a file in the compact form, and its Kubernetes objects.
+
+    All in its order.
 
     `warnings`: what of the former has no effect; `unknown`: which objects sockhop does not read.
     """
@@ -31,6 +42,10 @@ class Part(NamedTuple):
     slices: tuple[ClusterSlice, ...]
     warnings: tuple[str, ...]
     unknown: tuple[str, ...]
+    policies: tuple[PolicyClaim, ...] = ()
+    network_policies: tuple[ClusterPolicy, ...] = ()
+    redirects: tuple[ClusterRedirect, ...] = ()
+    pods: tuple[ClusterPod, ...] = ()
 
 
 class _Head(msgspec.Struct, rename="camel"):
@@ -61,6 +76,10 @@ def read_part(path: str, before: Part | None) -> Part:
         tuple(reader.slices),
         tuple(reader.warnings),
         tuple(_unknown(path, kind, count) for kind, count in reader.unknown.items()),
+        tuple(reader.policies),
+        tuple(reader.network_policies),
+        tuple(reader.redirects),
+        tuple(reader.pods),
     )
 
 
@@ -73,11 +92,17 @@ class _Reader:
         self.slices: list[ClusterSlice] = []
         self.warnings: list[str] = []
         self.unknown: Counter[str] = Counter()
+        self.policies: list[PolicyClaim] = []
+        self.network_policies: list[ClusterPolicy] = []
+        self.redirects: list[ClusterRedirect] = []
+        self.pods: list[ClusterPod] = []
 
     def take(self, document: Document) -> None:
         head = document.decode(_Head)
         if head.api_version is UNSET and head.kind is UNSET:
-            self.claims += read_compact(document, self.warnings)
+            form = read_compact(document)
+            self.claims += read_services(document, form.services or (), self.warnings)
+            self.policies += read_policies(document, form.policies or [])
         elif (head.api_version, head.kind) == ("v1", "List"):
             for item in document.items():
                 self._take_object(item, item.decode(_Head))
@@ -88,12 +113,20 @@ class _Reader:
         for key, value in (("apiVersion", head.api_version), ("kind", head.kind)):
             if value is UNSET:
                 raise document.error(FieldError("nothing", f"the object's {key}", path=(key,)))
-        if (head.api_version, head.kind) == ("v1", "Service"):
-            self.services.append(read_service(document))
-        elif (head.api_version, head.kind) == ("discovery.k8s.io/v1", "EndpointSlice"):
-            self.slices.append(read_slice(document))
-        else:
-            self.unknown[f"{shown(head.kind)} ({shown(head.api_version)})"] += 1
+        match head.api_version, head.kind:
+            case "v1", "Service":
+                self.services.append(read_service(document))
+            case "discovery.k8s.io/v1", "EndpointSlice":
+                self.slices.append(read_slice(document))
+            case "networking.k8s.io/v1", "NetworkPolicy":
+                self.network_policies.append(read_network_policy(document))
+            case "sockhop.io/v1alpha1", "LocalRedirectPolicy":
+                self.redirects.append(read_redirect(document))
+            case "v1", "Pod":
+                if pod := read_pod(document):
+                    self.pods.append(pod)
+            case _:
+                self.unknown[f"{shown(head.kind)} ({shown(head.api_version)})"] += 1
 
 
 def _unknown(path: str, kind: str, count: int) -> str:
@@ -101,5 +134,6 @@ def _unknown(path: str, kind: str, count: int) -> str:
     verb = "is" if count == 1 else "are"
     return (
         f"{printable(path)}: {objects} of kind {kind} {verb} ignored: "
-        "sockhop reads v1 Service and discovery.k8s.io/v1 EndpointSlice"
+        "sockhop reads v1 Service and Pod, discovery.k8s.io/v1 EndpointSlice, "
+        "networking.k8s.io/v1 NetworkPolicy and sockhop.io/v1alpha1 LocalRedirectPolicy"
     )
