@@ -248,19 +248,33 @@ struct affinity {
 	__u8 pad[4];
 };
 
-/* What the iterator of sockets.bpf.c writes. */
+/* A backend of a service: never another one, since ids are never given twice. */
+struct pair {
+	__u32 service;
+	__u32 backend;
+};
+
+/* What an iterator writes of a socket. */
 struct socket_record {
-	struct provenance provenance;
+	struct provenance provenance; /* its service is 0 where there is none */
 	__be32 local_address[4];
 	__be32 remote_address[4];
 	__u64 cookie;
 	__u64 inode; /* 0: no process holds it */
-	__u32 netns_inode;
+	__u64 cgroup; /* id of the one in which it was made */
+	__u64 acknowledged; /* TCP: bytes */
+	__u64 received;
+	__u32 interface; /* that it is bound to, or 0 */
+	__u32 unread; /* TCP: bytes that the program has not read */
+	__u32 waiting; /* TCP: bytes that the peer has not acknowledged */
+	__u32 segments; /* TCP: received, acknowledgements too */
 	__u16 local_port;
 	__u16 remote_port;
 	__u16 family;
+	__u8 protocol;
 	__u8 state;
-	__u8 pad[5];
+	__u32 netns; /* inode */
+	__u32 pad;
 };
 
 #endif /* SOCKHOP_H */

@@ -25,16 +25,22 @@ def expected(own: socket.socket, state: int, cgroup: int) -> DiagSocket:
     peer = own.getpeername() if state == ESTABLISHED else nowhere
     (cookie,) = struct.unpack("=Q", own.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))
     return DiagSocket(
-        PROTOCOLS[own.type],
-        own.family,
-        state,
-        pack_address(own.getsockname()[0]),
-        own.getsockname()[1],
-        pack_address(peer[0]),
-        peer[1],
-        cookie,
-        os.fstat(own.fileno()).st_ino,
-        cgroup,
+        local_address=pack_address(own.getsockname()[0]),
+        remote_address=pack_address(peer[0]),
+        cookie=cookie,
+        inode=os.fstat(own.fileno()).st_ino,
+        cgroup=cgroup,
+        acknowledged=0,
+        received=0,
+        interface=0,
+        unread=0,
+        waiting=0,
+        segments=0,
+        local_port=own.getsockname()[1],
+        remote_port=peer[1],
+        family=own.family,
+        protocol=PROTOCOLS[own.type],
+        state=state,
     )
 
 
@@ -58,7 +64,7 @@ def test_every_kind_of_socket(sandbox: Sandbox) -> None:
         known.append((mapped, ESTABLISHED))
         wanted = {expected(own, state, cgroup) for own, state in known}
         found = {each for protocol in PROTOCOLS.values() for each in list_sockets(protocol)}
-        assert found == wanted
+        assert {each._replace(unread=0, waiting=0) for each in found} == wanted
 
 
 def test_more_sockets_than_one_message_has_room_for(sandbox: Sandbox) -> None:

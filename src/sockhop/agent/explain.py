@@ -142,8 +142,8 @@ def _recall(found: FoundSocket, memory: SocketMemory, pins: Path) -> _Known:
             return _Known(origin, memory.peers(own, cookie), _peer_name(own))
     # Nobody has it open, or we may not look: the iterator sees what a connect has left.
     with Sockets(pins) as programs:
-        seen = (each for each in programs.remembered() if each.socket.cookie == cookie)
-        origin = next((each.provenance for each in seen), None)
+        seen = (each for each in programs.remembered() if each.cookie == cookie)
+        origin = next((each.origin for each in seen), None)
     return _Known(origin or memory.provenance_by_cookie(cookie), [], None)
 
 

@@ -128,9 +128,9 @@ def _dialled(frontend: _End, pins: Path) -> frozenset[int]:
     with Sockets(pins) as programs:
         found = programs.remembered()
     return frozenset(
-        each.socket.cookie
+        each.cookie
         for each in found
-        if (each.provenance.frontend_address, each.provenance.frontend_port) == frontend
+        if each.origin and (each.origin.frontend_address, each.origin.frontend_port) == frontend
     )
 
 

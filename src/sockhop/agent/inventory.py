@@ -9,8 +9,8 @@ import msgspec
 from sockhop.agent.installed import read_installed, read_members, read_services
 from sockhop.agent.target import split_service_port
 from sockhop.datapath.balancer import BalanceMaps
-from sockhop.datapath.records import REASONS, FrontendFlag, FrontendKey
-from sockhop.datapath.sockets import BalancedSocket, Sockets
+from sockhop.datapath.records import REASONS, FrontendFlag, FrontendKey, Provenance
+from sockhop.datapath.sockets import Socket, Sockets
 from sockhop.kernel.netns import current_cookie, inode
 from sockhop.kernel.procfs import Holder, find_holders
 from sockhop.model import Frontend, Protocol, endpoint, unpack_address
@@ -151,27 +151,29 @@ def list_sockets(maps: BalanceMaps, pins: Path) -> list[SocketRow]:
     with Sockets(pins) as programs:
         sockets = programs.balanced()
     names = read_services(maps)
-    owners = find_holders({found.socket.inode for found in sockets} - {0})
-    rows = [_socket_row(found, names, owners) for found in sockets]
+    owners = find_holders({found.inode for found in sockets} - {0})
+    rows = [_socket_row(found, found.origin, names, owners) for found in sockets if found.origin]
     return sorted(rows, key=lambda row: -row.age)
 
 
 def _socket_row(
-    found: BalancedSocket, services: dict[int, str], owners: dict[int, list[Holder]]
+    found: Socket,
+    origin: Provenance,
+    services: dict[int, str],
+    owners: dict[int, list[Holder]],
 ) -> SocketRow:
-    origin, socket = found
     return SocketRow(
         protocol=_PROTOCOLS[origin.protocol],
-        state=found.state,
-        local=endpoint(unpack_address(socket.local_address), socket.local_port),
+        state=found.state_name,
+        local=endpoint(unpack_address(found.local_address), found.local_port),
         frontend=endpoint(unpack_address(origin.frontend_address), origin.frontend_port),
         backend=endpoint(unpack_address(origin.backend_address), origin.backend_port),
         service=split_service_port(services.get(origin.service, ""))[0],
         reason=REASONS[origin.reason],
         age=(time.clock_gettime_ns(time.CLOCK_BOOTTIME) - origin.since) / 1e9,
-        processes=sorted({str(owner) for owner in owners.get(socket.inode, [])}),
-        cookie=socket.cookie,
-        netns=socket.netns_inode,
+        processes=sorted({str(owner) for owner in owners.get(found.inode, [])}),
+        cookie=found.cookie,
+        netns=found.netns,
         generation=origin.generation,
         backend_id=origin.backend,
     )

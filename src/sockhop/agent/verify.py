@@ -23,7 +23,7 @@ from sockhop.agent.target import Entry, Member, Target
 from sockhop.datapath.attachment import Owner
 from sockhop.datapath.balancer import HOOKS, BalanceMaps, attached_hooks, map_directory
 from sockhop.datapath.records import COUNTED_LIVE, FrontendKey, LiveKey, Setting, Total
-from sockhop.datapath.sockets import BalancedSocket, Sockets
+from sockhop.datapath.sockets import Socket, Sockets
 from sockhop.errors import InputError
 from sockhop.kernel.cgroups import AttachType
 from sockhop.model import Backend, Protocol, endpoint, unpack_address
@@ -185,14 +185,14 @@ def _check_hooks(hooks: dict[AttachType, int], is_ours: Callable[[int], bool]) -
 class _Live(NamedTuple):
     """Sockets that were balanced before `counts` were read, and after."""
 
-    sockets: list[BalancedSocket]
+    sockets: list[Socket]
     counts: dict[LiveKey, int]
     always_counted: bool
 
 
 def _read_live(maps: BalanceMaps, sockets: Sockets) -> _Live:
-    def identify(found: BalancedSocket) -> tuple[int, int]:
-        return found.socket.cookie, found.provenance.since
+    def identify(found: Socket) -> tuple[int, int]:
+        return found.cookie, found.origin.since if found.origin else 0
 
     before = {identify(found) for found in sockets.balanced()}
     counts = dict(maps.live.items())
@@ -204,7 +204,9 @@ def _check_live(live: _Live, records: Records) -> Iterator[Finding]:
     known = {(b.service, b.address, b.port, b.protocol) for b in records.backends.values()}
     truth: Counter[LiveKey] = Counter()
     for found in live.sockets:
-        origin = found.provenance
+        origin = found.origin
+        if origin is None:
+            continue
         address, port = origin.backend_address, origin.backend_port
         if found.is_open and (origin.service, address, port, origin.protocol) not in known:
             said = f"{endpoint(unpack_address(address), port)}, which is gone"
@@ -220,9 +222,8 @@ def _check_live(live: _Live, records: Records) -> Iterator[Finding]:
             yield Finding("live", where, f"{number} or more sockets counted", str(counted))
 
 
-def _socket_text(found: BalancedSocket) -> str:
-    socket = found.socket
-    local = endpoint(unpack_address(socket.local_address), socket.local_port)
-    remote = endpoint(unpack_address(socket.remote_address), socket.remote_port)
-    protocol = _PROTOCOLS[found.provenance.protocol].lower()
-    return f"socket {local}>{remote}/{protocol}, cookie {socket.cookie}"
+def _socket_text(found: Socket) -> str:
+    local = endpoint(unpack_address(found.local_address), found.local_port)
+    remote = endpoint(unpack_address(found.remote_address), found.remote_port)
+    protocol = _PROTOCOLS[found.protocol].lower()
+    return f"socket {local}>{remote}/{protocol}, cookie {found.cookie}"

@@ -85,6 +85,10 @@ class SocketMemory:
         """Return what was kept by the cookie, where the socket's own storage was refused."""
         return self._by_cookie.get(cookie)
 
+    def provenances_by_cookie(self) -> dict[int, Provenance]:
+        """Return all that is kept by cookie, also of sockets that are gone."""
+        return dict(self._by_cookie.items())
+
     def peers(self, own: socket.socket, cookie: int) -> list[Peer]:
         """Return what datagrams left at a socket that this process has a descriptor of."""
         kept = self._datagrams.get(own.fileno())

@@ -245,18 +245,26 @@ class OverflowPeer(NamedTuple):
 
 
 class SocketRecord(NamedTuple):
-    """A balanced socket as the iterator writes it; `provenance` holds that struct's bytes."""
+    """A socket as an iterator writes it: see :class:`sockhop.datapath.sockets.Socket`."""
 
     provenance: bytes
     local_address: bytes
     remote_address: bytes
     cookie: int
     inode: int
-    netns_inode: int
+    cgroup: int
+    acknowledged: int
+    received: int
+    interface: int
+    unread: int
+    waiting: int
+    segments: int
     local_port: int
     remote_port: int
     family: int
+    protocol: int
     state: int
+    netns: int
 
 
 def word(generation: int, algorithm: Algorithm, count: int) -> int:

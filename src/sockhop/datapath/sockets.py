@@ -1,16 +1,20 @@
-"""Balanced sockets of the whole node, whatever network namespace they are in."""
+"""Sockets as sockhop sees them, and the balanced ones of the whole node."""
 
 import os
+import socket
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from sockhop.datapath.balancer import NotInstalled, map_directory
 from sockhop.datapath.records import Provenance, SocketRecord
 from sockhop.kernel._libbpf import lib
+from sockhop.kernel.maps import U32, Map
 from sockhop.kernel.objects import BpfObject, object_path
 from sockhop.kernel.syscall import check
 
-__all__ = ["TCP_STATES", "BalancedSocket", "Sockets"]
+__all__ = ["CONNECTED", "TCP_STATES", "Pair", "Socket", "SocketRecords", "Sockets", "read_iterator"]
 
 # include/net/tcp_states.h, from 1 on, as ss names them; UDP uses the first and the seventh.
 TCP_STATES = (
@@ -19,28 +23,92 @@ TCP_STATES = (
 )
 
 
-class BalancedSocket(NamedTuple):
-    """A socket with a provenance: what the kernel remembers, and what the socket is now."""
+class Pair(NamedTuple):
+    """A backend of a service, by their ids, which are never given twice."""
 
-    provenance: Provenance
-    socket: SocketRecord
+    service: int
+    backend: int
+
+
+class Socket(NamedTuple):
+    """A TCP, UDP or raw socket. Addresses are 16 bytes, IPv4 mapped.
+
+    `state` is a number of include/net/tcp_states.h; `interface` the one that it is bound to, or 0;
+    `inode` is 0 where no process holds it (:func:`sockhop.kernel.procfs.find_holders` finds who
+    does); `cgroup` the id of the one in which it was made; `netns` the inode of its network
+    namespace. TCP: bytes that the program has not read and that the peer has not acknowledged,
+    bytes acknowledged and received, segments received, pure acknowledgements among them; whoever
+    wants to know whether a connection moves compares the last three with those of before.
+    `origin` is what the kernel remembers of a balanced socket, None of one that is unmanaged.
+    """
+
+    local_address: bytes
+    remote_address: bytes
+    cookie: int
+    inode: int
+    cgroup: int
+    acknowledged: int
+    received: int
+    interface: int
+    unread: int
+    waiting: int
+    segments: int
+    local_port: int
+    remote_port: int
+    family: int
+    protocol: int
+    state: int
+    netns: int
+    origin: Provenance | None
 
     @property
     def current(self) -> bool:
-        """Whether the socket is still with the backend that it was given."""
-        origin, socket = self.provenance, self.socket
-        there = (origin.backend_address, origin.backend_port)
-        return (socket.remote_address, socket.remote_port) == there and self.state != "UNCONN"
+        """Whether it is still with the backend that it was given last."""
+        return self.origin is not None and self.pair == (self.origin.service, self.origin.backend)
+
+    @property
+    def pair(self) -> Pair | None:
+        """The backend that it is with now, of the two that it was given last; None for neither."""
+        origin, peer = self.origin, (self.remote_address, self.remote_port)
+        if origin is None or self.state == _UNCONN:
+            return None
+        if peer == (origin.backend_address, origin.backend_port):
+            return Pair(origin.service, origin.backend)
+        if peer == (origin.previous_address, origin.previous_port):
+            return Pair(origin.previous_service, origin.previous_backend)
+        return None
 
     @property
     def is_open(self) -> bool:
         """Whether it has not been closed. TCP then says goodbye, UDP waits for a grace period."""
-        return bool(self.socket.inode)
+        return bool(self.inode)
 
     @property
-    def state(self) -> str:
+    def reason_to_leave(self) -> str:
+        """Why a socket of this kind is never ended from outside; "" where it may be."""
+        if not self.is_open:
+            return "no process holds it"
+        name = self.state_name
+        if self.protocol == socket.IPPROTO_TCP:
+            return "" if name in _ENDABLE_TCP else f"TCP in {name}"
+        if self.protocol == socket.IPPROTO_UDP and name != "ESTAB":
+            return "UDP that is not connected"
+        return ""
+
+    @property
+    def state_name(self) -> str:
         """The socket's state as ss names it."""
-        return TCP_STATES[self.socket.state - 1]
+        return TCP_STATES[self.state - 1]
+
+
+_UNCONN = TCP_STATES.index("UNCONN") + 1
+# Not SYN-RECV either: SOCK_DIAG shows NEW-SYN-RECV under this name, and FIN-WAIT-2 may be a
+# TIME-WAIT, but then no process holds it (net/ipv4/inet_diag.c).
+_ENDABLE_TCP = frozenset(
+    {"ESTAB", "SYN-SENT", "FIN-WAIT-1", "FIN-WAIT-2", "CLOSE-WAIT", "LAST-ACK", "CLOSING"}
+)
+CONNECTED = sum(1 << TCP_STATES.index(name) + 1 for name in _ENDABLE_TCP)
+"""The states of sockets that may be ended, one bit each."""
 
 
 class Sockets:
@@ -51,11 +119,13 @@ class Sockets:
         if not (map_directory(pins) / "provenance").exists():
             raise NotInstalled(f"{pins}: nothing is installed here", hint="is an agent running?")
         self._object = BpfObject(object_path("sockets"), pins=map_directory(pins))
-        self._records = self._object.layouts.codec(SocketRecord, "socket_record")
-        self._provenances = self._object.layouts.codec(Provenance, "provenance")
+        self._records = SocketRecords(self._object)
+        pairs = os.dup(self._object.map_fd("pairs"))
+        self._pairs = Map(pairs, self._object.layouts.codec(Pair, "pair"), U32)
 
     def close(self) -> None:
         """Unload the programs."""
+        self._pairs.close()
         self._object.close()
 
     def __enter__(self) -> "Sockets":
@@ -64,17 +134,21 @@ class Sockets:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def balanced(self) -> list[BalancedSocket]:
+    def balanced(self) -> list[Socket]:
         """Return the sockets of all namespaces that are with the backend that they were given.
 
         A socket that is opened or closed meanwhile may be missed.
         """
-        return [socket for socket in self.remembered() if socket.current]
+        return [found for found in self.remembered() if found.current]
 
-    def remembered(self) -> list[BalancedSocket]:
+    def remembered(self) -> list[Socket]:
         """Return all sockets that have a provenance, as :meth:`balanced` does."""
-        records = self._records.decode_many(self._visit("sockhop_sockets"))
-        return [BalancedSocket(self._provenances.decode(r.provenance), r) for r in records]
+        return self._records.decode(self._visit("sockhop_sockets"))
+
+    def of_pairs(self, pairs: Collection[Pair]) -> list[Socket]:
+        """Return the sockets that are with one of these backends, as :meth:`balanced` does."""
+        with held(self._pairs, pairs):
+            return self._records.decode(self._visit("sockhop_of_pairs"))
 
     def settle(self) -> None:
         """Uncount the sockets that have left their backend where no hook saw it."""
@@ -86,8 +160,42 @@ class Sockets:
             lib.sockhop_iter_link(self._object.program(program), over), f"linking {program}"
         )
         try:
-            iterator = check(lib.bpf_iter_create(link), f"starting {program}")
+            return read_iterator(link, program)
         finally:
             os.close(link)
-        with os.fdopen(iterator, "rb", buffering=0) as stream:
-            return b"".join(iter(lambda: stream.read(1 << 16), b""))
+
+
+class SocketRecords:
+    """Decodes what the iterators of an object write."""
+
+    def __init__(self, programs: BpfObject) -> None:
+        self._records = programs.layouts.codec(SocketRecord, "socket_record")
+        self._provenances = programs.layouts.codec(Provenance, "provenance")
+
+    def decode(self, data: bytes) -> list[Socket]:
+        """Return the sockets of consecutive struct socket_record."""
+        return [
+            Socket._make((*record[1:], self._origin(record.provenance)))
+            for record in self._records.decode_many(data)
+        ]
+
+    def _origin(self, data: bytes) -> Provenance | None:
+        origin = self._provenances.decode(data)
+        return origin if origin.since else None
+
+
+@contextmanager
+def held(pairs: Map[Pair, int], wanted: Collection[Pair]) -> Iterator[None]:
+    """Have *wanted* in the map of an iterator's object while the body runs."""
+    pairs.update_many((Pair(*pair), 1) for pair in wanted)
+    try:
+        yield
+    finally:
+        pairs.delete_many(Pair(*pair) for pair in wanted)
+
+
+def read_iterator(link: int, program: str) -> bytes:
+    """Run the program of an iterator link in this thread's namespace; return what it writes."""
+    iterator = check(lib.bpf_iter_create(link), f"starting {program}")
+    with os.fdopen(iterator, "rb", buffering=0) as stream:
+        return b"".join(iter(lambda: stream.read(1 << 16), b""))

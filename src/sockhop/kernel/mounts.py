@@ -17,9 +17,9 @@ class Mount(NamedTuple):
     type: str
 
 
-def mounts() -> list[Mount]:
-    """Return all mounts of this process's mount namespace, in mount order."""
-    return [_parse(line) for line in _MOUNTINFO.read_text().splitlines()]
+def mounts(mountinfo: Path | None = None) -> list[Mount]:
+    """Return all mounts of a mount namespace, this process's by default, in mount order."""
+    return [_parse(line) for line in (mountinfo or _MOUNTINFO).read_text().splitlines()]
 
 
 def filesystem_type(path: Path) -> str:

@@ -1,0 +1,137 @@
+"""Ends exactly the sockets that are meant, in whatever network namespace they are."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence, Set
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+from sockhop.datapath.balancer import BalanceMaps
+from sockhop.datapath.end_by_netlink import NetlinkMethod
+from sockhop.datapath.outcome import Action, Outcome
+from sockhop.datapath.records import Total
+from sockhop.datapath.sockets import Pair, Socket
+from sockhop.kernel.namespaces import Namespace, NamespaceGone, Namespaces
+from sockhop.kernel.syscall import KernelError
+
+__all__ = ["Action", "Engine", "Method", "Outcome", "choose_engine"]
+
+PASSES = 8
+"""At most so many in one namespace: lists skip sockets while others come and go, before Linux 6.16
+(UDP) and 6.17 (TCP), so what a pass has missed the next one ends.
+"""
+
+
+class Method(Protocol):
+    """A way to end sockets."""
+
+    @property
+    def name(self) -> str: ...
+    def end_pairs(
+        self, pairs: Set[Pair], peers: Set[tuple[bytes, int]], places: Iterable[Namespace]
+    ) -> list[Outcome]: ...
+    def end_sockets(self, sockets: Sequence[Socket], place: Namespace) -> list[Outcome]: ...
+    def close(self) -> None: ...
+
+
+class Engine:
+    """Ends sockets with the first of its methods; where the kernel refuses that, with the next.
+
+    `name` is the first method's; `failures` counts by method how often it had to be left.
+    """
+
+    def __init__(self, pins: Path, methods: Sequence[Method]) -> None:
+        self.failures: Counter[str] = Counter()
+        self._pins = pins
+        self._methods = methods
+        self._namespaces = Namespaces()
+
+    @property
+    def name(self) -> str:
+        """The method that is tried first: iterator or netlink."""
+        return self._methods[0].name
+
+    def close(self) -> None:
+        """Let the kernel forget what the methods hold there."""
+        for method in self._methods:
+            method.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def sever_pairs(
+        self, pairs: Set[tuple[int, int]], *, namespaces: Iterable[int] | None = None
+    ) -> list[Outcome]:
+        """End the sockets that are with a backend: *pairs* of service id and backend id.
+
+        Only sockets whose provenance names the pair, whose peer is that backend now, that are
+        connected and open. Only where the live index says that there are any, and of those only in
+        *namespaces* (cookies). Each socket once in the result, those that are left not at all.
+        """
+        wanted = {Pair(*pair) for pair in pairs}
+        with BalanceMaps(self._pins) as maps:
+            places = self._places(maps, wanted, None if namespaces is None else set(namespaces))
+            records = maps.backends.get_many(pair.backend for pair in wanted)
+        peers = {(record.address, record.port) for record in records.values()}
+        outcomes: dict[int, Outcome] = {}
+        for _ in range(PASSES):
+            if not places or not wanted:
+                break
+            found = self._try(lambda method: method.end_pairs(wanted, peers, places))  # noqa: B023
+            outcomes.update((each.socket.cookie, each) for each in found)
+            active = {each.socket.netns for each in found if each.action is Action.SEVERED}
+            places = [place for place in places if place.inode in active]
+        return list(outcomes.values())
+
+    def sever_sockets(self, sockets: Iterable[Socket]) -> list[Outcome]:
+        """End exactly these sockets, if they have the same ends as before; an outcome for each.
+
+        LISTEN, TIME-WAIT, sockets of half-open connections, UDP that is not connected, and sockets
+        that no process holds are left.
+        """
+        outcomes: list[Outcome] = []
+        by_place: dict[int, list[Socket]] = {}
+        for each in sockets:
+            if reason := each.reason_to_leave:
+                outcomes.append(Outcome(each, Action.LEFT, reason))
+            else:
+                by_place.setdefault(each.netns, []).append(each)
+        for place in self._namespaces.by_inode(by_place):
+            with suppress(NamespaceGone):
+                outcomes += self._end_in(place, by_place[place.inode])
+                del by_place[place.inode]
+        lost = [each for others in by_place.values() for each in others]
+        return outcomes + [Outcome(each, Action.GONE, "its namespace is gone") for each in lost]
+
+    def _end_in(self, place: Namespace, sockets: Sequence[Socket]) -> list[Outcome]:
+        return self._try(lambda method: method.end_sockets(sockets, place))
+
+    def _places(
+        self, maps: BalanceMaps, pairs: Set[Pair], only: Set[int] | None
+    ) -> list[Namespace]:
+        """Return where there are sockets of *pairs*: everywhere, where the live index was full."""
+        if maps.totals.get(Total.LIVE_FULL):
+            return [each for each in self._namespaces.all() if only is None or each.cookie in only]
+        counted = {
+            key.netns
+            for key, number in maps.live.items()
+            if number and (key.service, key.backend) in pairs
+        }
+        return self._namespaces.by_cookie(counted if only is None else counted & only)
+
+    def _try(self, end: Callable[[Method], list[Outcome]]) -> list[Outcome]:
+        *others, last = self._methods
+        for method in others:
+            try:
+                return end(method)
+            except KernelError:
+                self.failures[method.name] += 1
+        return end(last)
+
+
+def choose_engine(pins: Path) -> Engine:
+    """Return the engine for the maps below *pins*, which need not be there to end by hand."""
+    return Engine(pins, [NetlinkMethod(pins)])

@@ -1,0 +1,132 @@
+"""Every network namespace of the node, and the way into it (network_namespaces(7), nsfs)."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from sockhop.errors import InputError, SockhopError
+from sockhop.kernel import netns
+from sockhop.kernel.mounts import mounts
+
+__all__ = ["Namespace", "NamespaceGone", "Namespaces", "entered"]
+
+_PROC = Path("/proc")
+
+
+class Namespace(NamedTuple):
+    """A network namespace: inode, cookie, and a path that leads to it for as long as it is held."""
+
+    inode: int
+    cookie: int
+    path: Path
+
+
+class NamespaceGone(SockhopError):
+    """A namespace is no longer where it was found."""
+
+
+@contextmanager
+def entered(namespace: Namespace) -> Iterator[None]:
+    """Run the body inside, this thread only; NamespaceGone where that cannot be."""
+    gone = NamespaceGone(f"network namespace {namespace.inode} is not at {namespace.path} any more")
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(netns.entered(namespace.path))
+        except InputError:
+            raise gone from None
+        # A pid or an inode may have been given again.
+        if netns.current_cookie() != namespace.cookie:
+            raise gone
+        yield
+
+
+class Namespaces:
+    """Finds network namespaces, and remembers where.
+
+    It looks at what threads are in, at mounts in every mount namespace (`ip netns`, Docker and
+    containerd keep theirs so), and at open descriptors. A namespace that only a socket holds is
+    not found.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, Namespace] = {}
+
+    def all(self) -> list[Namespace]:
+        """Return all namespaces that are there now."""
+        self._look(lambda: False)
+        return list(self._known.values())
+
+    def by_inode(self, wanted: Collection[int]) -> list[Namespace]:
+        """Return the namespaces with these inodes, those that can be found."""
+        return self._find(lambda each: each.inode, set(wanted))
+
+    def by_cookie(self, wanted: Collection[int]) -> list[Namespace]:
+        """Return the namespaces with these cookies, those that can be found."""
+        return self._find(lambda each: each.cookie, set(wanted))
+
+    def _find(self, key: Callable[[Namespace], int], wanted: set[int]) -> list[Namespace]:
+        def found() -> list[Namespace]:
+            return [each for each in self._known.values() if key(each) in wanted]
+
+        if not all(map(_is_there, found())) or len(found()) < len(wanted):
+            self._look(lambda: len(found()) == len(wanted))
+        return found()
+
+    def _look(self, enough: Callable[[], bool]) -> None:
+        """Look in one kind of place after the other, the quickest first, until it is enough."""
+        self._known = {}
+        for places in (_of_threads, _mounted, _held):
+            for path in places():
+                self._note(path)
+            if enough():
+                return
+
+    def _note(self, path: Path) -> None:
+        with suppress(OSError, SockhopError):  # what held it is gone, or it cannot be entered
+            inode = netns.inode(path)
+            if inode not in self._known:
+                with netns.entered(path):
+                    self._known[inode] = Namespace(inode, netns.current_cookie(), path)
+
+
+def _is_there(namespace: Namespace) -> bool:
+    try:
+        return netns.inode(namespace.path) == namespace.inode
+    except OSError:
+        return False
+
+
+def _processes() -> list[Path]:
+    return [path for path in _PROC.iterdir() if path.name.isdecimal()]
+
+
+def _of_threads() -> Iterator[Path]:
+    for process in _processes():
+        yield process / "ns/net"  # most have one thread, or all in one namespace
+    for process in _processes():
+        with suppress(OSError):
+            others = [task for task in (process / "task").iterdir() if task.name != process.name]
+            yield from (task / "ns/net" for task in others)
+
+
+def _mounted() -> Iterator[Path]:
+    seen = set()
+    for process in _processes():
+        with suppress(OSError):
+            mount_namespace = (process / "ns/mnt").stat().st_ino
+            if mount_namespace in seen:
+                continue
+            seen.add(mount_namespace)
+            for mount in mounts(process / "mountinfo"):
+                if mount.type == "nsfs" and mount.root.startswith("net:"):
+                    yield process / "root" / mount.point.relative_to("/")
+
+
+def _held() -> Iterable[Path]:
+    for process in _processes():
+        with suppress(OSError):
+            for entry in (process / "fd").iterdir():
+                with suppress(OSError):
+                    if str(entry.readlink()).startswith("net:["):
+                        yield entry
