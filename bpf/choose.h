@@ -304,6 +304,8 @@ static __always_inline enum verdict counted(const struct frontend *frontend, enu
 {
 	struct counters *n = bpf_map_lookup_elem(&counters, &frontend->id);
 
+	if (verdict == NO_BACKEND)
+		count(TOTAL_REJECTED);
 	if (n)
 		add(verdict == BALANCED ? &n->connects : &n->no_backend, 1);
 	return verdict;

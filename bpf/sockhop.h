@@ -139,6 +139,7 @@ enum total {
 	TOTAL_EXHAUSTED, /* ... four times: the connect was refused */
 	TOTAL_AMBIGUOUS, /* a UDP socket uses one backend for two services: answers go to the latest */
 	TOTAL_RESERVED, /* a bind to a reserved frontend was refused */
+	TOTAL_REJECTED, /* no backend could serve: EHOSTUNREACH */
 	TOTALS,
 };
 

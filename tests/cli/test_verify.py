@@ -22,6 +22,7 @@ from sockhop.agent.soundness import Finding
 from sockhop.agent.target import Target, expand
 from sockhop.datapath.balancer import BalanceMaps, Balancer, link_directory, remove_pins
 from sockhop.datapath.records import (
+    FRONTEND_TYPES,
     Client,
     ClientKey,
     ServiceRecord,
@@ -181,7 +182,7 @@ def restored(maps: BalanceMaps) -> Iterator[None]:
         (a_frontend_has_no_service, "installed | ? {web}: service | one that is known | id 99"),
         (a_frontend_has_another_service,
          "desired | web {web} | service web | service spread"),
-        (a_frontend_has_no_known_type, "installed | web {web}: type | below 4 | 200"),
+        (a_frontend_has_no_known_type, f"installed | web {{web}}: type | below {len(FRONTEND_TYPES)} | 200"),
         (a_frontend_has_unknown_flags, "installed | web {web}: flags"),
         (a_frontend_is_reserved, "desired | web {web} | flags 0 | flags 4"),
         (a_frontend_remembers_clients, "desired | web {web} | affinity 0 | affinity 60"),

@@ -12,17 +12,15 @@ from pathlib import Path
 import msgspec
 
 from sockhop import __version__
-from sockhop.agent.api import api_application, serve_api
 from sockhop.agent.coexist import Coexistence, refuse_rivals
 from sockhop.agent.installer import Installer
-from sockhop.agent.metrics import AgentCollector, metrics_application, parse_listen, serve_metrics
 from sockhop.agent.notify import notify, watchdog_interval
 from sockhop.agent.rejections import RejectionLog
 from sockhop.agent.state import AgentState, SourceState
 from sockhop.agent.sync import Synchronizer
 from sockhop.datapath.balancer import Balancer, check_room, map_directory, remove_pins, survey
 from sockhop.datapath.sockets import Sockets
-from sockhop.errors import SystemLackError
+from sockhop.errors import InputError, SystemLackError
 from sockhop.kernel.bpffs import lock_directory
 from sockhop.kernel.cgroups import open_cgroup
 from sockhop.kernel.netns import current_cookie
@@ -59,7 +57,7 @@ def run_agent(options: AgentOptions) -> None:
 
     InputError or SystemLackError where it cannot start; then nothing has changed.
     """
-    listen = parse_listen(options.metrics) if options.metrics else None
+    listen = _parse_listen(options.metrics) if options.metrics else None
     sources = _Sources(options)
     first = sources.load()
     with ExitStack() as stack:
@@ -94,6 +92,14 @@ def run_agent(options: AgentOptions) -> None:
             signal.signal(number, signal.SIG_IGN)  # an impatient second one must not cut this short
         if options.detach_on_exit:
             remove_pins(options.pins, options.cgroup)
+
+
+def _parse_listen(text: str) -> tuple[str, int]:
+    """Return host and port of `HOST:PORT`; InputError for anything else."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 <= int(port) <= 65535:
+        raise InputError(f"--metrics {text}: expected HOST:PORT", hint="such as 127.0.0.1:9464")
+    return host.strip("[]"), int(port)
 
 
 class _Sources:
@@ -192,9 +198,17 @@ class _Agent:
 
     @asynccontextmanager
     async def _servers(self, listen: tuple[str, int] | None) -> AsyncIterator[None]:
+        from sockhop.agent.api import api_application, serve_api  # noqa: PLC0415 (slow to import)
+
         runners = [await serve_api(api_application(self._state), self._options.api)]
         try:
             if listen:
+                from sockhop.agent.metrics import (  # noqa: PLC0415
+                    AgentCollector,
+                    metrics_application,
+                    serve_metrics,
+                )
+
                 collector = AgentCollector(self._balancer.maps, self._installer, self._state)
                 application = metrics_application(collector, self._state)
                 runners.append(await serve_metrics(application, *listen))

@@ -1,6 +1,8 @@
 """Whether the maps have room for a plan, found out before anything is written."""
 
+import operator
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import msgspec
 
@@ -10,7 +12,7 @@ from sockhop.datapath.records import BLOCK_ENTRIES
 from sockhop.datapath.shares import table_for
 from sockhop.errors import SystemLackError
 
-__all__ = ["CapacityError", "MapNeed", "blocks_of", "check_capacity", "map_needs"]
+__all__ = ["CapacityError", "MapNeed", "Usage", "blocks_of", "check_capacity", "map_needs"]
 
 
 class CapacityError(SystemLackError):
@@ -26,31 +28,55 @@ class MapNeed(msgspec.Struct, frozen=True):
     size: int
 
 
-def map_needs(plan: Plan, have: Installed, sizes: Mapping[str, int]) -> list[MapNeed]:
+class Usage(NamedTuple):
+    """Entries in the maps that have several, or none, of a frontend."""
+
+    slots: int
+    tables: int
+    clients: int
+
+    @classmethod
+    def of(cls, entries: Iterable[Entry]) -> "Usage":
+        """Return what *entries* take."""
+        sizes = [(len(e.backends), blocks_of(e), len(e.cgroups)) for e in entries]
+        return cls(*map(sum, zip(*sizes, strict=True))) if sizes else cls(0, 0, 0)
+
+    def plus(self, other: "Usage") -> "Usage":
+        """Return both together."""
+        return Usage(*map(operator.add, self, other))
+
+    def minus(self, other: "Usage") -> "Usage":
+        """Return what is left without *other*."""
+        return Usage(*map(operator.sub, self, other))
+
+
+def map_needs(plan: Plan, have: Installed, usage: Usage, sizes: Mapping[str, int]) -> list[MapNeed]:
     """Return what *plan*, made against *have*, needs of each map that fills up.
 
-    *sizes*: entries that each map has room for, by name.
+    *usage*: what *have* takes; *sizes*: entries that each map has room for, by name.
     """
     names = {entry.service for entry in plan.added.values()} - have.services.keys()
-    entries = [old.entry for old in have.entries.values()]
-    changed = [*plan.added.values(), *plan.flipped.values()]
-    slots, tables, cgroups = _slots(entries), _blocks(entries), _cgroups(entries)
+    keys, members = (
+        len(have.entries) + sum(key not in have.entries for key in plan.added),
+        len(have.members) + sum(member not in have.members for member in plan.members),
+    )
     # Until the grace period is over, old and new stand side by side.
+    most = usage.plus(Usage.of((*plan.added.values(), *plan.flipped.values())))
     needs = (
-        ("frontends", len(entries), len(have.entries.keys() | plan.added.keys())),
-        ("words", len(entries), len(entries) + len(plan.added)),
-        ("slots", slots, slots + _slots(changed)),
-        ("tables", tables, tables + _blocks(changed)),
-        ("backends", len(have.members), len(have.members.keys() | plan.members.keys())),
+        ("frontends", len(have.entries), keys),
+        ("words", len(have.entries), len(have.entries) + len(plan.added)),
+        ("slots", usage.slots, most.slots),
+        ("tables", usage.tables, most.tables),
+        ("backends", len(have.members), members),
         ("services", len(have.services), len(have.services) + len(names)),
-        ("clients", cgroups, cgroups + _cgroups(plan.added.values())),
+        ("clients", usage.clients, most.clients),
     )
     return [MapNeed(name, used, needed, sizes[name]) for name, used, needed in needs]
 
 
-def check_capacity(plan: Plan, have: Installed, sizes: Mapping[str, int]) -> None:
-    """Raise CapacityError where a map has no room for *plan*: see :func:`map_needs`."""
-    for need in map_needs(plan, have, sizes):
+def check_capacity(needs: Iterable[MapNeed]) -> None:
+    """Raise CapacityError where a map has less room than is needed: see :func:`map_needs`."""
+    for need in needs:
         if need.needed > need.size:
             raise CapacityError(
                 f"the map {need.map} has room for {need.size:,} entries, "
@@ -63,18 +89,6 @@ def check_capacity(plan: Plan, have: Installed, sizes: Mapping[str, int]) -> Non
 def blocks_of(entry: Entry) -> int:
     """Return how many blocks the table of *entry* has."""
     return -(-len(table_for(*entry.choice)) // BLOCK_ENTRIES)
-
-
-def _cgroups(entries: Iterable[Entry]) -> int:
-    return sum(len(entry.cgroups) for entry in entries)
-
-
-def _slots(entries: Iterable[Entry]) -> int:
-    return sum(len(entry.backends) for entry in entries)
-
-
-def _blocks(entries: Iterable[Entry]) -> int:
-    return sum(map(blocks_of, entries))
 
 
 def _sized(name: str) -> str:

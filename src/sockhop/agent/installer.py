@@ -7,7 +7,7 @@ agent left half-written no word names, and the next one deletes it (:meth:`Insta
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from sockhop.agent.capacity import blocks_of, check_capacity
+from sockhop.agent.capacity import Usage, blocks_of, check_capacity, map_needs
 from sockhop.agent.installed import read_installed
 from sockhop.agent.plan import Installed, InstalledEntry, InstalledMember, Plan
 from sockhop.agent.target import Entry, Member
@@ -51,12 +51,14 @@ class Installer:
         self._maps = maps
         self.installed = Installed({}, {}, {})
         self._free: list[int] = []
+        self._usage = Usage.of(())
         self._written: list[tuple[Map[Any, Any], list[Row]]] = []
         self.read()
 
     def read(self) -> None:
         """Take the picture from the maps, and delete what no reader can reach."""
         self.installed = read_installed(self._maps)
+        self._usage = Usage.of(old.entry for old in self.installed.entries.values())
         used = {old.id for old in self.installed.entries.values()}
         self._free = [i for i in range(self._maps.words.max_entries - 1, -1, -1) if i not in used]
         self._maps.clients.delete_many(
@@ -84,7 +86,7 @@ class Installer:
         """
         if not plan:
             return self._maps.setting(Setting.GENERATION)
-        check_capacity(plan, self.installed, self._maps.sizes())
+        check_capacity(map_needs(plan, self.installed, self._usage, self._maps.sizes()))
         self._written.clear()
         generation = self._maps.setting(Setting.GENERATION) + 1
         self._set(Setting.GENERATION, generation)
@@ -98,6 +100,8 @@ class Installer:
         # From here on no reader that can still see the old slots is running.
         grace_period()
         self._forget(old)
+        new = Usage.of((*plan.added.values(), *plan.flipped.values()))
+        self._usage = self._usage.plus(new).minus(Usage.of(was.entry for was in old))
         self._remove_members(plan.gone)
         self._read_back()
         return generation

@@ -18,7 +18,7 @@ from sockhop.datapath.records import Setting, Total
 from sockhop.errors import InputError
 from sockhop.model import Protocol
 
-__all__ = ["AgentCollector", "metrics_application", "parse_listen", "serve_metrics"]
+__all__ = ["AgentCollector", "metrics_application", "serve_metrics"]
 
 _PROTOCOLS = {protocol.number: protocol.lower() for protocol in Protocol}
 
@@ -102,14 +102,6 @@ class AgentCollector(Collector):
             ("backends", "Backends that the services name.", state.backends),
         ):
             yield GaugeMetricFamily(f"sockhop_{name}", text, value=float(value))
-
-
-def parse_listen(text: str) -> tuple[str, int]:
-    """Return host and port of `HOST:PORT`; InputError for anything else."""
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or not 0 <= int(port) <= 65535:
-        raise InputError(f"--metrics {text}: expected HOST:PORT", hint="such as 127.0.0.1:9464")
-    return host.strip("[]"), int(port)
 
 
 def metrics_application(collector: AgentCollector, state: AgentState) -> web.Application:

@@ -77,6 +77,11 @@ class Plan(NamedTuple):
     def __bool__(self) -> bool:
         return any(self)
 
+    @property
+    def frontends(self) -> int:
+        """How many lines :meth:`changes` yields."""
+        return sum(map(len, self[:4]))
+
     def changes(self, installed: Installed) -> Iterator[Change]:
         """Yield each change of what clients meet, made against *installed*."""
         for key, entry in self.added.items():

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 import msgspec
 
-from sockhop.agent.capacity import MapNeed, map_needs
+from sockhop.agent.capacity import MapNeed, Usage, map_needs
 from sockhop.agent.inventory import scope_of
 from sockhop.agent.plan import Installed, Plan
 from sockhop.agent.target import Member, split_service_port
@@ -53,10 +53,11 @@ class Preview(msgspec.Struct):
 
 def preview(plan: Plan, installed: Installed, sizes: Mapping[str, int]) -> Preview:
     """Return what *plan*, made against *installed*, would change."""
+    usage = Usage.of(old.entry for old in installed.entries.values())
     return Preview(
         list(_frontends(plan, installed)),
         list(_backends(plan, installed)),
-        map_needs(plan, installed, sizes),
+        map_needs(plan, installed, usage, sizes),
     )
 
 

@@ -28,25 +28,34 @@ class RejectionLog:
     def __init__(self, maps: BalanceMaps, installer: Installer) -> None:
         self._maps = maps
         self._installer = installer
-        self._services = self._rejected()
         self._totals = dict(maps.totals.items())
+        # With many services these are slow to read, and nobody has been rejected where all is well.
+        self._counts = self._rejected() if self._totals[Total.REJECTED] else {}
 
     def write(self) -> None:
         """Log at most a line for each of a few services, and for each rare event."""
-        now = self._rejected()
-        grown = Counter({name: n - self._services[name] for name, n in now.items()})
-        self._services = now
-        for name, n in (+grown).most_common(_SERVICES):
-            _LOG.warning("%s: rejected with EHOSTUNREACH, no backend is active: %d", name, n)
         totals = dict(self._maps.totals.items())
-        for total, meaning in _MEANING.items():
-            if (n := totals[total] - self._totals[total]) > 0:
-                _LOG.warning("%s: %d", meaning, n)
+        grown = {total: totals[total] - self._totals[total] for total in Total}
         self._totals = totals
+        if grown[Total.REJECTED] > 0:
+            self._write_services(grown[Total.REJECTED])
+        for total, meaning in _MEANING.items():
+            if grown[total] > 0:
+                _LOG.warning("%s: %d", meaning, grown[total])
 
-    def _rejected(self) -> Counter[str]:
-        counters = dict(self._maps.counters.items())
-        rejected: Counter[str] = Counter()
+    def _write_services(self, rejected: int) -> None:
+        before, self._counts = self._counts, self._rejected()
+        services: Counter[str] = Counter()
         for old in self._installer.installed.entries.values():
-            rejected[old.entry.service] += counters[old.id].no_backend
-        return rejected
+            services[old.entry.service] += max(0, self._counts[old.id] - before.get(old.id, 0))
+        services["services that are gone"] = rejected - services.total()
+        for name, n in (+services).most_common(_SERVICES):
+            _LOG.warning("%s: rejected with EHOSTUNREACH, no backend is active: %d", name, n)
+
+    def _rejected(self) -> dict[int, int]:
+        """Counts by the id of the frontend."""
+        counters = dict(self._maps.counters.items())
+        return {
+            old.id: counters[old.id].no_backend
+            for old in self._installer.installed.entries.values()
+        }

@@ -4,6 +4,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import NamedTuple
 
 from sockhop.agent.installer import Installer
@@ -81,6 +82,7 @@ class Synchronizer:
         try:
             return self._apply(loaded)
         finally:
+            gc.freeze()  # ... and go through all of them between two changes
             gc.enable()
 
     def _apply(self, loaded: Loaded) -> Plan:
@@ -92,12 +94,12 @@ class Synchronizer:
         # Until this has gone well, the next plan has to look at all that is installed.
         applied, self._applied = self._applied, None
         plan = self._plan(applied, wanted)
-        lines = list(map(str, plan.changes(installer.installed)))
+        lines = list(map(str, islice(plan.changes(installer.installed), _LINES)))
         state.generation = installer.apply(plan)
-        for line in lines[:_LINES]:
+        for line in lines:
             _LOG.info("%s", line)
-        if len(lines) > _LINES:
-            _LOG.info("... and %d more frontends", len(lines) - _LINES)
+        if more := plan.frontends - len(lines):
+            _LOG.info("... and %d more frontends", more)
         state.services = len(loaded.desired.services)
         state.frontends = sum(len(service.frontends) for service in loaded.desired.services)
         state.backends = len(installer.installed.members)

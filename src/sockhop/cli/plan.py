@@ -63,7 +63,7 @@ def command(paths: tuple[Path, ...], node_name: str, output: str) -> int:
             click.echo("nothing to do")
         titles = [column.title for column in _MAPS]
         click.echo("\n" + table([titles, *cells(shown.maps, _MAPS)]))
-    check_capacity(plan, installed, sizes)
+    check_capacity(shown.maps)
     return int(bool(plan))
 
 

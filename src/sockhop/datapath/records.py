@@ -77,6 +77,7 @@ class Total(IntEnum):
     EXHAUSTED = 3
     AMBIGUOUS = 4
     RESERVED = 5
+    REJECTED = 6
 
 
 class FrontendFlag(IntFlag):

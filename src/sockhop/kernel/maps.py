@@ -153,6 +153,8 @@ class Map(Generic[K, V]):
             keys, values = self._dump()
             found = dict(zip(_slices(keys, self.key.size), _slices(values, self.value.size),
                              strict=True))  # fmt: skip
+        if dict(rows).items() <= found.items():  # all in C: there are 100,000
+            return None
         return next((key for key, value in rows if found.get(key) != value), None)
 
     def delete_many(self, keys: Iterable[K]) -> None:
@@ -235,4 +237,4 @@ class Map(Generic[K, V]):
 
 
 def _slices(data: bytes, size: int) -> list[bytes]:
-    return [data[i : i + size] for i in range(0, len(data), size)]
+    return [part for (part,) in struct.iter_unpack(f"{size}s", data)]
