@@ -90,15 +90,6 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } totals SEC(".maps");
 
-/* For sockets whose sk_storage is refused (net.core.optmem_max). */
-struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 16384);
-	__type(key, __u64);
-	__type(value, struct provenance);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
-} provenance_by_cookie SEC(".maps");
-
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 65536);

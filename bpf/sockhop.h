@@ -275,7 +275,15 @@ struct socket_record {
 	__u8 protocol;
 	__u8 state;
 	__u32 netns; /* inode */
-	__u32 pad;
+	__s32 result; /* of ending it: 0 or -errno */
+};
+
+/* By which a socket is known apart from its cookie. */
+struct socket_ends {
+	__be32 local_address[4];
+	__be32 remote_address[4];
+	__u16 local_port;
+	__u16 remote_port;
 };
 
 #endif /* SOCKHOP_H */

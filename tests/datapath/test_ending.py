@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from sockhop.agent.installed import read_services
-from sockhop.datapath.ending import Action, Engine, choose_engine
+from sockhop.datapath.ending import Action, Engine, EngineName, choose_engine
 from sockhop.datapath.listing import Listing
 from sockhop.datapath.sockets import Pair
 from sockhop.kernel.netns import entered
@@ -16,9 +16,9 @@ from tests.datapath.node import Node
 pytestmark = pytest.mark.kernel
 
 
-@pytest.fixture
-def engine(node: Node) -> Iterator[Engine]:
-    with choose_engine(node.sandbox.pins) as chosen:
+@pytest.fixture(params=["iterator", "netlink"])
+def engine(node: Node, request: pytest.FixtureRequest) -> Iterator[Engine]:
+    with choose_engine(node.sandbox.pins, EngineName(request.param)) as chosen:
         yield chosen
 
 

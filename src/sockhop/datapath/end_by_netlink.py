@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 from collections.abc import Iterable, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ class NetlinkMethod:
     """
 
     name = "netlink"
+    protocols = frozenset({*PROTOCOLS, socket.IPPROTO_RAW})
 
     def __init__(self, pins: Path) -> None:
         self._pins = pins

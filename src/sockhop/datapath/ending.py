@@ -1,20 +1,26 @@
 """Ends exactly the sockets that are meant, in whatever network namespace they are."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence, Set
 from contextlib import suppress
+from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
-from sockhop.datapath.balancer import BalanceMaps
+from sockhop.datapath.balancer import BalanceMaps, map_directory
+from sockhop.datapath.end_by_iterator import IteratorMethod
 from sockhop.datapath.end_by_netlink import NetlinkMethod
 from sockhop.datapath.outcome import Action, Outcome
 from sockhop.datapath.records import Total
 from sockhop.datapath.sockets import Pair, Socket
+from sockhop.errors import SystemLackError
 from sockhop.kernel.namespaces import Namespace, NamespaceGone, Namespaces
-from sockhop.kernel.syscall import KernelError
+from sockhop.kernel.probe import Lack, Prober
 
-__all__ = ["Action", "Engine", "Method", "Outcome", "choose_engine"]
+__all__ = ["Action", "Engine", "EngineName", "Method", "Outcome", "choose_engine"]
+
+_LOG = logging.getLogger(__name__)
 
 PASSES = 8
 """At most so many in one namespace: lists skip sockets while others come and go, before Linux 6.16
@@ -27,6 +33,8 @@ class Method(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def protocols(self) -> Set[int]: ...
     def end_pairs(
         self, pairs: Set[Pair], peers: Set[tuple[bytes, int]], places: Iterable[Namespace]
     ) -> list[Outcome]: ...
@@ -80,7 +88,7 @@ class Engine:
         for _ in range(PASSES):
             if not places or not wanted:
                 break
-            found = self._try(lambda method: method.end_pairs(wanted, peers, places))  # noqa: B023
+            found = self._try(lambda method: method.end_pairs(wanted, peers, places), self._methods)  # noqa: B023
             outcomes.update((each.socket.cookie, each) for each in found)
             active = {each.socket.netns for each in found if each.action is Action.SEVERED}
             places = [place for place in places if place.inode in active]
@@ -107,7 +115,12 @@ class Engine:
         return outcomes + [Outcome(each, Action.GONE, "its namespace is gone") for each in lost]
 
     def _end_in(self, place: Namespace, sockets: Sequence[Socket]) -> list[Outcome]:
-        return self._try(lambda method: method.end_sockets(sockets, place))
+        protocols = {each.protocol for each in sockets}
+        able = [method for method in self._methods if protocols <= method.protocols]
+        if not able:
+            reason = f"the engine {self.name} does not end sockets of this protocol"
+            return [Outcome(each, Action.REFUSED, reason) for each in sockets]
+        return self._try(lambda method: method.end_sockets(sockets, place), able)
 
     def _places(
         self, maps: BalanceMaps, pairs: Set[Pair], only: Set[int] | None
@@ -122,16 +135,48 @@ class Engine:
         }
         return self._namespaces.by_cookie(counted if only is None else counted & only)
 
-    def _try(self, end: Callable[[Method], list[Outcome]]) -> list[Outcome]:
-        *others, last = self._methods
+    def _try(
+        self, end: Callable[[Method], list[Outcome]], methods: Sequence[Method]
+    ) -> list[Outcome]:
+        *others, last = methods
         for method in others:
             try:
                 return end(method)
-            except KernelError:
+            except SystemLackError as error:
+                _LOG.warning(
+                    "ending sockets by %s failed, now by %s: %s", method.name, last.name, error
+                )
                 self.failures[method.name] += 1
         return end(last)
 
 
-def choose_engine(pins: Path) -> Engine:
-    """Return the engine for the maps below *pins*, which need not be there to end by hand."""
-    return Engine(pins, [NetlinkMethod(pins)])
+class EngineName(StrEnum):
+    """Which method ends sockets: the best that this kernel has, or one of them."""
+
+    AUTO = "auto"
+    ITERATOR = "iterator"
+    NETLINK = "netlink"
+
+
+def choose_engine(pins: Path, name: EngineName = EngineName.AUTO) -> Engine:
+    """Return the engine for the maps below *pins*, which need not be there to end by hand.
+
+    By itself it ends sockets with iterators where the kernel can, and falls back on SOCK_DESTROY. A
+    method that is named stands alone.
+    """
+    iterator, netlink = IteratorMethod(pins), NetlinkMethod(pins)
+    if name is EngineName.NETLINK:
+        return Engine(pins, [netlink])
+    if name is EngineName.ITERATOR:
+        return Engine(pins, [iterator])
+    installed = (map_directory(pins) / "provenance").exists()
+    return Engine(pins, [iterator, netlink] if installed and _has_sock_destroy() else [netlink])
+
+
+def _has_sock_destroy() -> bool:
+    with Prober() as prober:
+        try:
+            prober.sock_destroy()
+        except Lack:
+            return False
+    return True

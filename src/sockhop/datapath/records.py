@@ -31,6 +31,7 @@ __all__ = [
     "Setting",
     "SlotKey",
     "SlotRecord",
+    "SocketEnds",
     "SocketRecord",
     "TableBlock",
     "Total",
@@ -266,6 +267,16 @@ class SocketRecord(NamedTuple):
     protocol: int
     state: int
     netns: int
+    result: int
+
+
+class SocketEnds(NamedTuple):
+    """By which a socket is known apart from its cookie."""
+
+    local_address: bytes
+    remote_address: bytes
+    local_port: int
+    remote_port: int
 
 
 def word(generation: int, algorithm: Algorithm, count: int) -> int:

@@ -174,8 +174,12 @@ class SocketRecords:
 
     def decode(self, data: bytes) -> list[Socket]:
         """Return the sockets of consecutive struct socket_record."""
+        return [found for found, _ in self.results(data)]
+
+    def results(self, data: bytes) -> list[tuple[Socket, int]]:
+        """Return the sockets with what became of each: 0 or -errno."""
         return [
-            Socket._make((*record[1:], self._origin(record.provenance)))
+            (Socket._make((*record[1:-1], self._origin(record.provenance))), record.result)
             for record in self._records.decode_many(data)
         ]
 
