@@ -12,9 +12,11 @@
 #include "clients.h"
 #include "datagrams.h"
 #include "remember.h"
+#include "move.h"
 
 #define EADDRINUSE 98
 #define EHOSTUNREACH 113
+#define ECANCELED 125
 #define ALLOW 1
 #define REJECT 0
 /* Linux kernel commit b44123b4a3dc ("bpf: Add cgroup helpers bpf_{get,set}_retval to get/set
@@ -33,13 +35,17 @@ static __always_inline int reject(int error)
 static __always_inline enum verdict balance(struct bpf_sock_addr *ctx, struct frontend_key *key,
 					    struct choice *choice)
 {
+	const struct move *move = setting(SETTING_MOVING) ? this_move(ctx) : 0;
 	struct provenance fresh = {}, *old;
 	struct frontend frontend = {};
 
+	if (move && !is_still_there(ctx, move))
+		return TOO_LATE;
 	/* A balanced socket that goes elsewhere is seen by its peer, which is not its backend. */
 	if (!find_frontend(ctx, key, &frontend) || !is_for(ctx, &frontend))
 		return PASS;
-	if (!choose(ctx, &frontend, choice))
+	if (move && move->backend ? !choose_named(&frontend, move->backend, choice)
+				  : !choose(ctx, &frontend, choice))
 		return counted(&frontend, NO_BACKEND);
 	copy_address(fresh.frontend_address, key->address);
 	copy_address(fresh.backend_address, choice->slot.address);
@@ -52,7 +58,7 @@ static __always_inline enum verdict balance(struct bpf_sock_addr *ctx, struct fr
 	fresh.frontend_port = key->port;
 	fresh.backend_port = choice->slot.port;
 	fresh.protocol = key->protocol;
-	fresh.reason = choice->reason;
+	fresh.reason = move ? REASON_RESTEER : choice->reason;
 	count_socket(&fresh, choice->load);
 	old = recall(ctx, ctx->sk);
 	if (old) {
@@ -101,6 +107,8 @@ int sockhop_connect4(struct bpf_sock_addr *ctx)
 	if (setting(SETTING_BYPASS))
 		return ALLOW;
 	switch (balance(ctx, &key, &choice)) {
+	case TOO_LATE:
+		return reject(ECANCELED);
 	case NO_BACKEND:
 		return reject(EHOSTUNREACH);
 	case BALANCED:
@@ -119,6 +127,8 @@ int sockhop_connect6(struct bpf_sock_addr *ctx)
 	if (setting(SETTING_BYPASS))
 		return ALLOW;
 	switch (balance(ctx, &key, &choice)) {
+	case TOO_LATE:
+		return reject(ECANCELED);
 	case NO_BACKEND:
 		return reject(EHOSTUNREACH);
 	case BALANCED:
@@ -250,13 +260,22 @@ int sockhop_sendmsg6(struct bpf_sock_addr *ctx)
 
 /* --- the way back: getpeername and recvmsg --------------------------------------------------- */
 
+/* The backend of a provenance, or the one before where the socket was moved: late answers. */
+static __always_inline bool is_of(const struct provenance *p, const struct frontend_key *peer)
+{
+	if (p->backend_port == peer->port && same_address(p->backend_address, peer->address))
+		return true;
+	return p->reason == REASON_RESTEER && p->previous_port == peer->port &&
+	       same_address(p->previous_address, peer->address);
+}
+
 /* The frontend that a socket dialled, where the address in ctx is its backend's. */
 static __always_inline bool dialled(struct bpf_sock_addr *ctx, const struct frontend_key *peer,
 				    struct origin *origin)
 {
 	const struct provenance *p = recall(ctx, ctx->sk);
 
-	if (!p || p->backend_port != peer->port || !same_address(p->backend_address, peer->address))
+	if (!p || !is_of(p, peer))
 		return false;
 	copy_address(origin->address, p->frontend_address);
 	origin->port = p->frontend_port;

@@ -90,6 +90,15 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } totals SEC(".maps");
 
+/* Whoever moves sockets writes here, and deletes what he wrote. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 64);
+	__type(key, __u64);
+	__type(value, struct move);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} moves SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 65536);

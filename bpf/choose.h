@@ -275,6 +275,17 @@ static __always_inline bool choose(struct bpf_sock_addr *ctx, const struct front
 	return true;
 }
 
+/* The backend that somebody else has chosen for this socket, if it serves. */
+static __always_inline bool choose_named(const struct frontend *frontend, __u32 id,
+					 struct choice *choice)
+{
+	__u64 *word = bpf_map_lookup_elem(&words, &frontend->id), now = word ? READ_ONCE(*word) : 0;
+
+	choice->generation = WORD_GENERATION(now);
+	choice->load = WORD_ALGORITHM(now) == ALGORITHM_LEAST_CONNECTIONS;
+	return serves(id, frontend->service, BACKEND_ACTIVE, 1, &choice->slot);
+}
+
 /* A backend by chance and weight, whatever the algorithm. */
 static __always_inline bool choose_other(const struct frontend *frontend, struct slot *other)
 {
@@ -298,6 +309,7 @@ enum verdict {
 	PASS,
 	NO_BACKEND,
 	BALANCED,
+	TOO_LATE, /* to move the socket */
 };
 
 static __always_inline enum verdict counted(const struct frontend *frontend, enum verdict verdict)

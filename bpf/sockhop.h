@@ -17,6 +17,7 @@ enum setting {
 	SETTING_NEXT_SERVICE, /* ids are never given twice, live sockets may still name the old */
 	SETTING_NEXT_BACKEND,
 	SETTING_FALLBACK, /* not 0: provenance_by_cookie has been used */
+	SETTING_MOVING, /* not 0: look in moves before a socket connects */
 	SETTINGS,
 };
 
@@ -166,6 +167,7 @@ enum reason {
 	REASON_MAGLEV,
 	REASON_LEAST_CONNECTIONS,
 	REASON_AFFINITY,
+	REASON_RESTEER, /* another process has connected the socket */
 };
 
 /* What the kernel remembers of a balanced socket. Frozen: programs of different versions share it.
@@ -253,6 +255,36 @@ struct affinity {
 struct pair {
 	__u32 service;
 	__u32 backend;
+};
+
+/* Another process is about to connect this UDP socket (the key is its cookie) to another backend.
+ * It is refused unless the socket is still where that process has seen it: with this peer, and this
+ * connect the latest that was balanced.
+ */
+struct move {
+	__be32 peer_address[4];
+	__u64 since; /* of its provenance; 0 without one */
+	__u32 mover; /* the process, as the first namespace of process ids numbers it */
+	__u32 backend; /* the only one that will do; 0: whichever is chosen */
+	__u16 peer_port;
+	__u8 pad[6];
+};
+
+/* A descriptor of a socket, as owners.bpf.c writes it. Process ids as the reader sees them. */
+struct owner_record {
+	__u64 cookie;
+	__u32 pid;
+	__u32 thread; /* it has descriptors of its own where it is not the pid */
+	__u32 fd;
+	__u32 reader; /* the reader's id in the first namespace of process ids */
+	__u8 userlocks; /* enum owner_lock */
+	__u8 pad[7];
+	char command[16];
+};
+
+/* SOCK_BINDADDR_LOCK of include/net/sock.h */
+enum owner_lock {
+	OWNER_BOUND = 4, /* the program has bound the socket to its local address */
 };
 
 /* What an iterator writes of a socket. */

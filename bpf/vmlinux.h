@@ -175,6 +175,7 @@ struct sock {
 	struct sock_common __sk_common;
 	struct sock_cgroup_data sk_cgrp_data;
 	struct socket *sk_socket;
+	__u8 sk_userlocks; /* of some kernels a bit-field */
 };
 
 struct tcp_sock {
@@ -186,6 +187,26 @@ struct tcp_sock {
 	__u64 bytes_received;
 	__u64 bytes_acked;
 };
+
+struct pid_namespace;
+
+struct upid {
+	int nr;
+	struct pid_namespace *ns;
+};
+
+struct pid {
+	unsigned int level;
+	struct upid numbers[];
+};
+
+struct task_struct {
+	struct task_struct *group_leader;
+	struct pid *thread_pid;
+	char comm[16];
+};
+
+struct file;
 
 struct seq_file;
 
@@ -208,6 +229,13 @@ struct bpf_iter__udp {
 };
 
 struct bpf_map;
+
+struct bpf_iter__task_file {
+	struct bpf_iter_meta *meta;
+	struct task_struct *task;
+	__u32 fd;
+	struct file *file;
+};
 
 struct bpf_iter__bpf_sk_storage_map {
 	struct bpf_iter_meta *meta;

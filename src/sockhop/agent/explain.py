@@ -11,7 +11,7 @@ import msgspec
 
 from sockhop.agent.find_socket import FoundSocket, find_socket
 from sockhop.agent.installed import read_services
-from sockhop.agent.reasons import Case, find_frontend, reasons_against, socket_cgroup
+from sockhop.agent.reasons import Case, reasons_against, socket_cgroup
 from sockhop.agent.target import split_service_port
 from sockhop.datapath.balancer import BalanceMaps
 from sockhop.datapath.memory import Peer, SocketMemory
@@ -217,12 +217,12 @@ class _Names:
 
     def _generation(self, origin: Provenance) -> int:
         key = FrontendKey(origin.frontend_address, 0, origin.frontend_port, origin.protocol)
-        found = find_frontend(self._maps, key, origin.netns)
+        found = self._maps.find_frontend(key, origin.netns)
         if found is None or found[1].id != origin.frontend:
             return 0
         return word_generation(self._maps.words.get(origin.frontend) or 0)
 
     def _service_at(self, peer: Peer, netns_cookie: int) -> str:
         key = FrontendKey(peer.frontend_address, 0, peer.frontend_port, Protocol.UDP.number)
-        found = find_frontend(self._maps, key, netns_cookie)
+        found = self._maps.find_frontend(key, netns_cookie)
         return self._services.get(found[1].service, "") if found else ""

@@ -28,7 +28,7 @@ from sockhop.kernel.procfs import started_at
 from sockhop.kernel.syscall import KernelError
 from sockhop.model import Protocol, endpoint, unpack_address
 
-__all__ = ["Case", "find_frontend", "reasons_against", "socket_cgroup"]
+__all__ = ["Case", "reasons_against", "socket_cgroup"]
 
 
 class Case(NamedTuple):
@@ -44,19 +44,6 @@ class Case(NamedTuple):
     found: FoundSocket
     provenance: Provenance | None
     looked: bool
-
-
-def find_frontend(
-    maps: BalanceMaps, key: FrontendKey, netns_cookie: int
-) -> tuple[FrontendKey, FrontendRecord] | None:
-    """Return what a hook finds at *key*, whose netns is 0, for a socket of that namespace."""
-    general = maps.frontends.get(key)
-    if general is None or not general.flags & FrontendFlag.SCOPED:
-        return general and (key, general)
-    scoped_key = key._replace(netns=netns_cookie)
-    if scoped := maps.frontends.get(scoped_key):
-        return scoped_key, scoped
-    return None if general.flags & FrontendFlag.ABSENT else (key, general)
 
 
 def socket_cgroup(found: FoundSocket) -> Path | None:
@@ -91,7 +78,7 @@ def reasons_against(case: Case) -> Iterator[str]:
         return
     peer = FrontendKey(socket.remote_address, 0, socket.remote_port, socket.protocol)
     text = endpoint(unpack_address(peer.address), peer.port)
-    frontend = find_frontend(case.maps, peer, case.found.netns_cookie)
+    frontend = case.maps.find_frontend(peer, case.found.netns_cookie)
     if frontend is not None:
         name = read_services(case.maps).get(frontend[1].service, "?")
         yield f"its peer is {text} itself, a frontend of {name}: the connect was not translated"

@@ -19,9 +19,11 @@ from sockhop.datapath.records import (
     BackendRecord,
     ClientKey,
     Counters,
+    FrontendFlag,
     FrontendKey,
     FrontendRecord,
     LiveKey,
+    Move,
     ServiceRecord,
     Setting,
     SlotKey,
@@ -126,6 +128,7 @@ class BalanceMaps:
             self.totals = self._open("totals", U32, U64)
             self.loads = self._open("loads", U32, U64)
             self.live = self._open("live", layouts.codec(LiveKey, "live_key"), U64)
+            self.moves = self._open("moves", U64, layouts.codec(Move, "move"))
         except BaseException:
             self.close()
             raise
@@ -143,6 +146,18 @@ class BalanceMaps:
     def setting(self, which: Setting) -> int:
         """Return a value of the map `settings`."""
         return self.settings.get(which) or 0
+
+    def find_frontend(
+        self, key: FrontendKey, netns_cookie: int
+    ) -> tuple[FrontendKey, FrontendRecord] | None:
+        """Return what a hook finds at *key*, whose netns is 0, for a socket of that namespace."""
+        general: FrontendRecord | None = self.frontends.get(key)
+        if general is None or not general.flags & FrontendFlag.SCOPED:
+            return general and (key, general)
+        scoped_key = key._replace(netns=netns_cookie)
+        if scoped := self.frontends.get(scoped_key):
+            return scoped_key, scoped
+        return None if general.flags & FrontendFlag.ABSENT else (key, general)
 
     def sizes(self) -> dict[str, int]:
         """Return how many entries each map that a plan fills has room for, by its name."""

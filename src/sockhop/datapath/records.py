@@ -12,6 +12,7 @@ __all__ = [
     "BLOCK_ENTRIES",
     "COUNTED_LIVE",
     "FRONTEND_TYPES",
+    "OWNER_BOUND",
     "REASONS",
     "STATES",
     "BackendRecord",
@@ -24,8 +25,10 @@ __all__ = [
     "FrontendKey",
     "FrontendRecord",
     "LiveKey",
+    "Move",
     "OverflowKey",
     "OverflowPeer",
+    "OwnerRecord",
     "Provenance",
     "ServiceRecord",
     "Setting",
@@ -49,10 +52,13 @@ ALWAYS_KEEP = 0xFFFFFFFF
 STATES = tuple(BackendState)
 FRONTEND_TYPES = tuple(FrontendType)
 ALGORITHMS = tuple(Algorithm)
-REASONS = (*Algorithm, "session affinity")
+REASONS = (*Algorithm, "session affinity", "resteer")
 
 COUNTED_LIVE = 1
 """Set in `counted` of a provenance whose socket is in the live index."""
+
+OWNER_BOUND = 4
+"""Set in `userlocks` of an owner's record where the program has bound the socket to its address."""
 
 BLOCK_ENTRIES = 128
 """Positions of slots in one block of a table."""
@@ -67,6 +73,7 @@ class Setting(IntEnum):
     NEXT_SERVICE = 3
     NEXT_BACKEND = 4
     FALLBACK = 5
+    MOVING = 6
 
 
 class Total(IntEnum):
@@ -244,6 +251,28 @@ class OverflowPeer(NamedTuple):
     backend: int
     used: int
     port: int
+
+
+class Move(NamedTuple):
+    """That the process `mover` is about to connect a socket; `backend` 0 for any."""
+
+    peer_address: bytes
+    since: int
+    mover: int
+    backend: int
+    peer_port: int
+
+
+class OwnerRecord(NamedTuple):
+    """A descriptor of a socket; `command` is padded with NUL, OWNER_BOUND in `userlocks`."""
+
+    cookie: int
+    pid: int
+    thread: int
+    fd: int
+    reader: int
+    userlocks: int
+    command: bytes
 
 
 class SocketRecord(NamedTuple):

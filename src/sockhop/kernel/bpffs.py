@@ -9,7 +9,7 @@ from pathlib import Path
 from sockhop.errors import SystemLackError
 from sockhop.kernel.mounts import filesystem_type
 
-__all__ = ["Locked", "lock_directory", "require_bpffs"]
+__all__ = ["Locked", "lock_directory", "one_at_a_time", "require_bpffs"]
 
 
 class Locked(SystemLackError):
@@ -49,6 +49,17 @@ def lock_directory(directory: Path) -> Iterator[None]:
                 f"{directory}: another sockhop process is working here",
                 hint="stop it first (systemctl stop sockhop), or give this one its own --bpffs",
             ) from None
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def one_at_a_time(directory: Path) -> Iterator[None]:
+    """Run the body while no other process does so with the same *directory*; wait if need be."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
         os.close(fd)

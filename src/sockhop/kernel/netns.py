@@ -1,5 +1,6 @@
 """Network namespaces: cookies, and entering one by path (net/core/net_namespace.c)."""
 
+import fcntl
 import os
 import socket
 import struct
@@ -11,26 +12,49 @@ from sockhop.errors import InputError
 from sockhop.kernel._libbpf import ffi, lib
 from sockhop.kernel.syscall import KernelError
 
-__all__ = ["current_cookie", "entered", "inode"]
+__all__ = ["current_cookie", "entered", "inode", "netns_of", "socket_netns_cookie"]
 
 # Linux kernel commit e8b9eab99232 ("net: retrieve netns cookie via getsocketopt") (in v5.14).
 _SO_NETNS_COOKIE = 71
+_SIOCGSKNS = 0x894C
 _SELF = Path("/proc/thread-self/ns/net")
 
 
 def current_cookie() -> int:
     """Return the cookie of this thread's network namespace, never given twice until reboot."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            data = probe.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
-        except OSError as error:
-            raise KernelError("reading SO_NETNS_COOKIE", error.errno or 0) from None
+        return socket_netns_cookie(probe)
+
+
+def socket_netns_cookie(own: socket.socket) -> int:
+    """Return the cookie of the network namespace of a socket."""
+    try:
+        data = own.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
+    except OSError as error:
+        raise KernelError("reading SO_NETNS_COOKIE", error.errno or 0) from None
     return int(struct.unpack("=Q", data)[0])
 
 
 def inode(path: Path = _SELF) -> int:
     """Return the inode number by which /proc and lsns name the namespace at *path*."""
     return path.stat().st_ino
+
+
+@contextmanager
+def netns_of(own: socket.socket) -> Iterator[Path]:
+    """Yield a path of the network namespace of a socket, which may be no process's.
+
+    Linux kernel commit c62cce2caee5 ("net: add an ioctl to get a socket network namespace")
+    (in v4.10). KernelError with EPERM without CAP_NET_ADMIN there.
+    """
+    try:
+        fd = fcntl.ioctl(own.fileno(), _SIOCGSKNS)
+    except OSError as error:
+        raise KernelError("asking for a socket's network namespace", error.errno or 0) from None
+    try:
+        yield Path(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)
 
 
 @contextmanager

@@ -23,14 +23,19 @@ __all__ = [
 ]
 
 _PROC = Path("/proc")
+_PIDFD_THREAD = os.O_EXCL
 
 
 class Holder(NamedTuple):
-    """A descriptor of a process. As text: command/pid."""
+    """A descriptor of a process. As text: command/pid.
+
+    `thread` is the id of a thread that has descriptors of its own (unshare(CLONE_FILES)), else 0.
+    """
 
     command: str
     pid: int
     fd: int
+    thread: int = 0
 
     def __str__(self) -> str:
         return f"{self.command}/{self.pid}"
@@ -88,11 +93,13 @@ def borrowed(holder: Holder) -> Iterator[socket.socket]:
     """Yield a duplicate of another process's socket. Needs CAP_SYS_PTRACE.
 
     Linux kernel commit 8649c322f75c ("pid: Implement pidfd_getfd syscall") (in v5.6).
-    KernelError where it cannot be had, ESRCH or EBADF where it is gone. The kernel gives the
-    socket the net_cls and net_prio of this process, if those of cgroup v1 are in use.
+    A thread of its own needs kernel commit 64bef697d33b ("pidfd: implement PIDFD_THREAD flag for
+    pidfd_open()") (in v6.9). KernelError where it cannot be had, ESRCH or EBADF where it is gone.
+    The kernel gives the socket the net_cls and net_prio of this process, if those of cgroup v1 are
+    in use.
     """
     try:
-        process = os.pidfd_open(holder.pid)
+        process = os.pidfd_open(holder.thread or holder.pid, _PIDFD_THREAD if holder.thread else 0)
         try:
             fd = lib.sockhop_pidfd_getfd(process, holder.fd)
         finally:

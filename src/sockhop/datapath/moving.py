@@ -1,0 +1,257 @@
+"""Moves one connected UDP socket that this process has a duplicate of."""
+
+import errno
+import random
+import socket
+import struct
+from enum import StrEnum
+from typing import NamedTuple, TypeAlias
+
+from sockhop.datapath.balancer import BalanceMaps
+from sockhop.datapath.candidates import Candidate, Fitting, Traits, active_backends
+from sockhop.datapath.memory import SocketMemory
+from sockhop.datapath.outcome import Action
+from sockhop.datapath.records import FrontendKey, Move, Provenance
+from sockhop.datapath.sockets import Socket
+from sockhop.kernel.netns import socket_netns_cookie
+from sockhop.model import endpoint, pack_address, unpack_address
+
+__all__ = ["Kept", "Mover", "Obstacle"]
+
+_SO_COOKIE = 57
+_ATTEMPTS = 3
+_End: TypeAlias = tuple[bytes, int]
+
+
+class Obstacle(StrEnum):
+    """Why a socket was not moved: a word for counters."""
+
+    NONE = "none"
+    KIND = "kind"
+    """It is no connected UDP socket."""
+    NO_DESCRIPTOR = "no_descriptor"
+    """No process has a descriptor of it: io_uring's own, the kernel's, one on its way."""
+    REFUSED = "refused"
+    """The kernel does not hand it out: no CAP_SYS_PTRACE, seccomp, Yama."""
+    CLOSED = "closed"
+    """Its descriptor was closed, or its process ended, meanwhile."""
+    ELSEWHERE = "elsewhere"
+    """The program has connected it to something else meanwhile."""
+    NO_SERVICE = "no_service"
+    """What it dialled is no frontend any more."""
+    NO_BACKEND = "no_backend"
+    """No other backend is active. It stays, and can be moved when there is one."""
+    SOURCE = "source"
+    """Every other backend would need another source address than it has."""
+    CONNECT = "connect"
+    """The kernel does not connect it: no route, a policy."""
+    NOT_BALANCED = "not_balanced"
+    """It is connected, but no hook of ours has balanced it."""
+    UNMANAGED = "unmanaged"
+    """It was not balanced before, and what it is connected to is no frontend for it."""
+    BYPASS = "bypass"
+    """Bypass is on, so nothing would balance it."""
+
+    @property
+    def severs(self) -> bool:
+        """Whether a socket that was not moved for this reason is severed instead."""
+        return self not in _LEAVES
+
+    @property
+    def action(self) -> Action:
+        """What this makes of a socket that is not severed."""
+        return Action.GONE if self is Obstacle.ELSEWHERE else Action.LEFT
+
+
+_LEAVES = frozenset({Obstacle.ELSEWHERE, Obstacle.NO_BACKEND, Obstacle.UNMANAGED, Obstacle.BYPASS})
+
+
+class Kept(Exception):
+    """The socket was not moved. `peer`: where it is now, if that is not where it was."""
+
+    def __init__(self, obstacle: Obstacle, reason: str, *, peer: _End | None = None) -> None:
+        super().__init__(reason)
+        self.obstacle = obstacle
+        self.reason = reason
+        self.peer = peer
+
+
+class _Seen(NamedTuple):
+    """A socket as it is now. `dialled`: what it is connected to again, a frontend or not.
+
+    `backend`: the id of the one that it is with, 0 if it is with none.
+    """
+
+    target: Socket
+    own: socket.socket
+    since: int
+    backend: int
+    dialled: _End
+    active: list[Candidate] | None
+    traits: Traits
+
+
+class Mover:
+    """Moves sockets, one after the other."""
+
+    def __init__(
+        self,
+        maps: BalanceMaps,
+        memory: SocketMemory,
+        fitting: Fitting,
+        *,
+        pid: int,
+        direct: bool,
+    ) -> None:
+        """*pid*: of this process in the first namespace of process ids.
+
+        *direct*: a socket goes to what it dialled even if that is no frontend any more.
+        """
+        self._maps, self._memory, self._fitting = maps, memory, fitting
+        self._pid, self._direct = pid, direct
+
+    def move(self, target: Socket, own: socket.socket, *, bound: bool) -> str:
+        """Move the socket, of which *own* is a duplicate; return what was done, for people.
+
+        *bound*: its program has bound it to its address. Raises Kept where it stays.
+        """
+        for attempt in range(_ATTEMPTS):
+            seen = self._look(target, own, bound)
+            backend = self._choose(seen)
+            try:
+                self._connect(seen, backend)
+            except OSError as error:
+                # The hook's answer where the backend that was chosen has just gone.
+                if error.errno != errno.EHOSTUNREACH or attempt == _ATTEMPTS - 1:
+                    raise self._refusal(seen, error) from None
+            else:
+                return self._confirm(seen)
+        raise AssertionError
+
+    def _look(self, target: Socket, own: socket.socket, bound: bool) -> _Seen:
+        if (
+            struct.unpack("=Q", own.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8))[0]
+            != target.cookie
+        ):
+            raise Kept(Obstacle.CLOSED, "its descriptor is another socket's now")
+        origin = self._recall(target, own)
+        if _since(origin) != _since(target.origin):
+            raise Kept(Obstacle.ELSEWHERE, "its program has connected it again")
+        backend = _backend(target, origin)
+        dialled = target.remote_address, target.remote_port
+        if origin and backend:
+            dialled = origin.frontend_address, origin.frontend_port
+        key = FrontendKey(dialled[0], 0, dialled[1], socket.IPPROTO_UDP)
+        frontend = self._maps.find_frontend(key, socket_netns_cookie(own))
+        if frontend is None and not backend:
+            raise Kept(Obstacle.UNMANAGED, "it is not balanced, and its peer is no frontend")
+        if frontend is None and not self._direct:
+            raise Kept(Obstacle.NO_SERVICE, f"{endpoint_of(dialled)} is no frontend any more")
+        active = active_backends(self._maps, frontend[1]) if frontend else None
+        traits = Traits.of(own, netns=target.netns, local=target.local_address, bound=bound)
+        return _Seen(target, own, _since(origin), backend, dialled, active, traits)
+
+    def _choose(self, seen: _Seen) -> int:
+        """Return the id of a backend that fits; 0 where the hook may choose, for all do."""
+        active = [Candidate(0, *seen.dialled)] if seen.active is None else seen.active
+        others = [each for each in active if not each.backend or each.backend != seen.backend]
+        if not others:
+            raise Kept(Obstacle.NO_BACKEND, "no other backend is active")
+        fits = [each for each in others if self._fits(seen, each.address)]
+        if not fits:
+            raise Kept(Obstacle.SOURCE, self._misfit(seen, others[0]))
+        if len(fits) == len(active):
+            return 0
+        return random.choices(fits, [each.weight for each in fits])[0].backend
+
+    def _fits(self, seen: _Seen, to: bytes) -> bool:
+        return self._fitting.source(seen.own, seen.traits, to) == seen.traits.local
+
+    def _misfit(self, seen: _Seen, other: Candidate) -> str:
+        to, local = endpoint_of(other[1:3]), unpack_address(seen.traits.local)
+        needed = self._fitting.source(seen.own, seen.traits, other.address)
+        if needed is None:
+            return f"there is no route from its source address {local} to {to}"
+        return f"its source address is {local}, and {to} needs {unpack_address(needed)}"
+
+    def _connect(self, seen: _Seen, backend: int) -> None:
+        target = seen.target
+        moves, peer = self._maps.moves, (target.remote_address, target.remote_port)
+        moves.set(target.cookie, Move(peer[0], seen.since, self._pid, backend, peer[1]))
+        try:
+            seen.own.connect(_sockaddr(seen.own, seen.dialled))
+        finally:
+            moves.delete(target.cookie)
+
+    def _refusal(self, seen: _Seen, error: OSError) -> Kept:
+        # Before Linux 5.18 a hook can only say EPERM.
+        elsewhere = error.errno == errno.EPERM and self._has_connected(seen)
+        if error.errno == errno.ECANCELED or elsewhere:
+            return Kept(Obstacle.ELSEWHERE, "its program has connected it elsewhere")
+        name = errno.errorcode.get(error.errno or 0, "")
+        return Kept(Obstacle.CONNECT, f"connect() says {error.strerror} ({name})")
+
+    def _has_connected(self, seen: _Seen) -> bool:
+        return _since(self._recall(seen.target, seen.own)) != seen.since
+
+    def _recall(self, target: Socket, own: socket.socket) -> Provenance | None:
+        return self._memory.provenance(own) or self._memory.provenance_by_cookie(target.cookie)
+
+    def _confirm(self, seen: _Seen) -> str:
+        """Look whether the hook has balanced it, and take away the error of the old backend.
+
+        That is an ICMP answer to what the program sent there; its next send() would fail.
+        """
+        error = seen.own.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        after = self._recall(seen.target, seen.own)
+        taken = f", {errno.errorcode.get(error, error)} taken away" if error else ""
+        if _peer_name(seen.own) != seen.dialled:
+            raise Kept(Obstacle.ELSEWHERE, "its program has connected it elsewhere")
+        if after is None or after.since == seen.since:
+            if seen.active is None:
+                return f"to {endpoint_of(seen.dialled)} itself{taken}"
+            if not seen.backend:
+                raise Kept(Obstacle.UNMANAGED, "the service is not for this socket")
+            reason = f"no hook has balanced it; it is at {endpoint_of(seen.dialled)} now"
+            raise Kept(Obstacle.NOT_BALANCED, reason, peer=seen.dialled)
+        there = after.backend_address, after.backend_port
+        if not self._fits(seen, there[0]):  # the service has just changed
+            other = Candidate(after.backend, *there)
+            raise Kept(Obstacle.SOURCE, self._misfit(seen, other), peer=there)
+        return f"to {endpoint_of(there)}{taken}"
+
+
+def endpoint_of(end: _End) -> str:
+    """Return packed address and port as text."""
+    return endpoint(unpack_address(end[0]), end[1])
+
+
+def _since(origin: Provenance | None) -> int:
+    return origin.since if origin else 0
+
+
+def _backend(target: Socket, origin: Provenance | None) -> int:
+    """The backend of *origin* that the socket is with: after a failed connect the one before."""
+    peer = target.remote_address, target.remote_port
+    if origin is None:
+        return 0
+    if peer == (origin.backend_address, origin.backend_port):
+        return origin.backend
+    if peer == (origin.previous_address, origin.previous_port):
+        return origin.previous_backend
+    return 0
+
+
+def _sockaddr(own: socket.socket, to: _End) -> tuple[str, int]:
+    if own.family == socket.AF_INET:
+        return unpack_address(to[0]), to[1]
+    return socket.inet_ntop(socket.AF_INET6, to[0]), to[1]
+
+
+def _peer_name(own: socket.socket) -> _End | None:
+    """What getpeername() gives: through our hook the frontend, if it is with the backend."""
+    try:
+        address, port, *_ = own.getpeername()
+    except OSError:
+        return None
+    return pack_address(address.partition("%")[0]), port
