@@ -13,14 +13,22 @@ import socket
 import struct
 import subprocess
 
+import dns.message
+import dns.query
+
+from tests.clients.quic import ask_for_name
+
 __all__ = [
     "Unserved",
     "ask_asyncio",
     "ask_blocking",
     "ask_curl",
     "ask_dig",
+    "ask_dig_tcp",
+    "ask_dnspython",
     "ask_nonblocking",
     "ask_psql",
+    "ask_quic",
     "ask_redis_cli",
     "family_of",
 ]
@@ -69,6 +77,34 @@ def ask_dig(host: str, port: int) -> str:
     """Return the TXT record of who.test. dig connects its UDP socket."""
     how = ("+short", "+notcp", "+tries=1", f"+time={SECONDS}")
     return _run("dig", f"@{host}", "-p", str(port), *how, "TXT", "who.test").strip('"')
+
+
+def ask_dig_tcp(host: str, port: int) -> str:
+    """Return the TXT record of who.test, over TCP."""
+    how = ("+short", "+tcp", "+tries=1", f"+time={SECONDS}")
+    return _run("dig", f"@{host}", "-p", str(port), *how, "TXT", "who.test").strip('"')
+
+
+def ask_dnspython(host: str, port: int) -> str:
+    """Return the TXT record of who.test.
+
+    dnspython, as systemd-resolved, does not connect its UDP socket: it compares the source of the
+    answer with the address that it asked, and raises UnexpectedSource where that is another one.
+    """
+    query = dns.message.make_query("who.test", "TXT")
+    try:
+        answer = dns.query.udp(query, host, timeout=SECONDS, port=port)
+    except OSError as error:
+        raise Unserved(error) from None
+    return str(answer.answer[0][0]).strip('"')
+
+
+def ask_quic(host: str, port: int) -> str:
+    """Return what a QUIC server says."""
+    try:
+        return asyncio.run(ask_for_name(host, port, SECONDS / 2))
+    except OSError as error:
+        raise Unserved(error) from None
 
 
 def family_of(host: str) -> socket.AddressFamily:

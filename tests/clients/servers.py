@@ -5,10 +5,13 @@ and ::1 at the same port, and end, with their directory, when the context does.
 """
 
 import contextlib
+import errno
+import functools
 import pwd
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +20,7 @@ import pytest
 
 from tests.sandbox import ServerThread, wait_until
 
-__all__ = ["Pair", "dnsmasqs", "echoes", "nginxes", "postgreses", "redises"]
+__all__ = ["Pair", "dnsmasqs", "echoes", "nginxes", "postgreses", "quics", "redises"]
 
 NAMES = ("one", "two")
 
@@ -131,6 +134,26 @@ def dnsmasqs(first_port: int) -> Iterator[Pair]:
             asks = ("dig", "@127.0.0.1", "-p", str(port), "+short", "+tries=1", "TXT", "who.test")
             stack.enter_context(_running(command, lambda asks=asks: _answers(*asks)))  # type: ignore[misc]
         yield pair
+
+
+@contextlib.contextmanager
+def quics(first_port: int) -> Iterator[Pair]:
+    """Two QUIC servers, each of which tells its name."""
+    pair = Pair({name: first_port + i for i, name in enumerate(NAMES)})
+    with contextlib.ExitStack() as stack:
+        for name, port in pair.ports.items():
+            command = [sys.executable, "-m", "tests.clients.quic", name, str(port)]
+            stack.enter_context(_running(command, functools.partial(_is_bound, "::1", port)))
+        yield pair
+
+
+def _is_bound(address: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
 
 
 @contextlib.contextmanager

@@ -46,6 +46,12 @@ CLIENTS = {
     "psql": Client(dialers.ask_psql, "postgres", 5432),
     # Since BIND 9.18 dig skips mapped addresses, and its IPV6_V6ONLY sockets reach no IPv4 backend.
     "dig": Client(dialers.ask_dig, "dnsmasq", 53, "udp", (VIP, VIP6)),
+    "dig-tcp": Client(dialers.ask_dig_tcp, "dnsmasq", 53, "tcp", (VIP, VIP6)),
+    # A datagram cannot cross from IPv6 to IPv4.
+    "dnspython": Client(
+        dialers.ask_dnspython, "dnsmasq", 53, "udp", (VIP, VIP6, DIALLED["mapped"])
+    ),
+    "quic": Client(dialers.ask_quic, "quic", 443, "udp", (VIP, VIP6)),
 }
 for how in (dialers.ask_blocking, dialers.ask_asyncio, dialers.ask_nonblocking):
     for protocol, kind in (("tcp", socket.SOCK_STREAM), ("udp", socket.SOCK_DGRAM)):
@@ -69,6 +75,7 @@ def peers(node: Sandbox) -> Iterator[dict[str, Pair]]:
                 "redis": servers.redises(6400),
                 "postgres": servers.postgreses(5500),
                 "dnsmasq": servers.dnsmasqs(5300),
+                "quic": servers.quics(4430),
                 "tcp": servers.echoes(7000, udp=False),
                 "udp": servers.echoes(7000, udp=True),
             }.items()
