@@ -113,4 +113,6 @@ def settle(world: World) -> None:
     wait_until(lambda: only_last(world), "the last state")
     assert {served.service for served in served_of(world.sandbox.pins).values()} == {"last"}
     assert world.sandbox.sockhop("status").returncode == 0
+    verified = world.sandbox.sockhop("verify", check=False)
+    assert verified.returncode == 0, verified.stdout
     assert world.agent.stop() == 0

@@ -1,0 +1,123 @@
+"""Live counts: never below the truth, whatever sockets do, and equal to it once looked at."""
+
+import ctypes
+import errno
+import random
+import socket
+import struct
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.clients.dialers import family_of
+from tests.datapath.node import Node, service
+from tests.sandbox import ServerThread
+
+pytestmark = pytest.mark.kernel
+
+STEPS = 400
+# Nobody listens there, and there is no route to the other.
+REFUSING, UNREACHABLE = "127.0.2.1:9", "10.222.0.1:9"
+_LIBC = ctypes.CDLL(None)  # Python has no connect(AF_UNSPEC)
+FRONTENDS = ("10.9.3.1", "10.9.3.2", "10.9.3.3", "::ffff:10.9.3.1", "10.9.3.4", "10.9.3.5")
+
+
+class Crowd:
+    """Sockets that connect, connect again, disconnect and close, and where each of them is."""
+
+    def __init__(self, node: Node, chance: random.Random) -> None:
+        self.node = node
+        self.chance = chance
+        self.where: dict[socket.socket, tuple[str, int] | None] = {}
+
+    def open(self) -> None:
+        kind = self.chance.choice([socket.SOCK_STREAM, socket.SOCK_DGRAM])
+        host = self.chance.choice(FRONTENDS)
+        self.where[socket.socket(family_of(host), kind)] = None
+
+    def connect(self) -> None:
+        client = self.chance.choice(list(self.where))
+        host = self.chance.choice([h for h in FRONTENDS if family_of(h) == client.family])
+        if client.type == socket.SOCK_STREAM and self.where[client]:
+            return  # EISCONN comes before the hook
+        try:
+            client.connect((host, 80))
+        except OSError as error:
+            assert error.errno in (errno.ECONNREFUSED, errno.ENETUNREACH)
+            return
+        self.where[client] = self.node.chosen(client.fileno())
+
+    def dissolve(self) -> None:
+        client = self.chance.choice(list(self.where))
+        if client.type == socket.SOCK_DGRAM:
+            nobody = struct.pack("=H14x", socket.AF_UNSPEC)
+            assert _LIBC.connect(client.fileno(), nobody, len(nobody)) == 0
+            self.where[client] = None
+
+    def close(self) -> None:
+        client = self.chance.choice(list(self.where))
+        del self.where[client]
+        client.close()
+
+    def step(self) -> None:
+        actions = {self.open: 3, self.connect: 8, self.dissolve: 1, self.close: 2}
+        action = self.chance.choices(list(actions), list(actions.values()))[0]
+        if self.where or action == self.open:
+            action()
+
+    @property
+    def truth(self) -> Counter[tuple[str, int]]:
+        return Counter(there for there in self.where.values() if there)
+
+    def end(self) -> None:
+        for client in self.where:
+            client.close()
+        self.where.clear()
+
+
+def too_low(node: Node, seed: int) -> list[str]:
+    """Return what was below the truth at any time, or is not the truth in the end."""
+    crowd, wrong = Crowd(node, random.Random(seed)), []
+    try:
+        for number in range(STEPS):
+            crowd.step()
+            live = node.live()
+            wrong += [
+                f"step {number}: {there} has {n}, counted {live[there]}"
+                for there, n in crowd.truth.items()
+                if live[there] < n
+            ]
+        time.sleep(1.1)  # a connect() of a second ago is through
+        node.settle()
+        if node.live() != crowd.truth:
+            wrong.append(f"in the end {crowd.truth}, counted {node.live()}")
+    finally:
+        crowd.end()
+    if +node.live():
+        wrong.append(f"after all is closed: {node.live()}")
+    return wrong
+
+
+@pytest.fixture
+def served(node: Node) -> Node:
+    backends = ("127.0.1.1:7000", "127.0.1.2:7000")
+    other = [*backends, REFUSING, UNREACHABLE]
+    node.install(
+        service("a", "10.9.3.1:80/tcp", "10.9.3.1:80/udp", backends=backends),
+        service("b", "10.9.3.2:80/tcp", "10.9.3.2:80/udp", backends=backends[:1]),
+        service("c", "10.9.3.3:80/tcp", "10.9.3.3:80/udp", backends=other),
+        service("d", "10.9.3.4:80/tcp", "10.9.3.4:80/udp", backends=[REFUSING]),
+        service("e", "10.9.3.5:80/tcp", "10.9.3.5:80/udp", backends=[UNREACHABLE]),
+    )
+    return node
+
+
+def test_counts_are_never_below_the_truth(served: Node, tmp_path: Path) -> None:
+    seed = random.SystemRandom().randrange(1 << 32)
+    with ServerThread("one", "127.0.1.1", 7000), ServerThread("two", "127.0.1.2", 7000):
+        assert not too_low(served, seed), seed
+        forgetful = ("bool stays = old->protocol != IPPROTO_TCP &&", "bool stays = 0 &&")
+        with served.mutated(tmp_path, forgetful):
+            assert too_low(served, seed), seed
