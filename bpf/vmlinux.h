@@ -45,6 +45,7 @@ enum bpf_map_type {
 	BPF_MAP_TYPE_HASH = 1,
 	BPF_MAP_TYPE_ARRAY = 2,
 	BPF_MAP_TYPE_LRU_HASH = 9,
+	BPF_MAP_TYPE_SOCKHASH = 18,
 	BPF_MAP_TYPE_SK_STORAGE = 24,
 };
 
@@ -105,11 +106,101 @@ struct bpf_sock_addr {
 	} __attribute__((aligned(8)));
 };
 
+enum sk_action {
+	SK_DROP = 0,
+	SK_PASS = 1,
+};
+
+enum {
+	BPF_F_INGRESS = 1,
+};
+
+enum {
+	BPF_SOCK_OPS_RWND_INIT = 2,
+	BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB = 4,
+	BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB = 5,
+	BPF_SOCK_OPS_STATE_CB = 10,
+	BPF_SOCK_OPS_STATE_CB_FLAG = 1 << 2,
+};
+
+struct bpf_sock_ops {
+	__u32 op;
+	union {
+		__u32 args[4];
+		__u32 reply;
+		__u32 replylong[4];
+	};
+	__u32 family;
+	__u32 remote_ip4;
+	__u32 local_ip4;
+	__u32 remote_ip6[4];
+	__u32 local_ip6[4];
+	__u32 remote_port;
+	__u32 local_port;
+	__u32 is_fullsock;
+	__u32 snd_cwnd;
+	__u32 srtt_us;
+	__u32 bpf_sock_ops_cb_flags;
+	__u32 state;
+	__u32 rtt_min;
+	__u32 snd_ssthresh;
+	__u32 rcv_nxt;
+	__u32 snd_nxt;
+	__u32 snd_una;
+	__u32 mss_cache;
+	__u32 ecn_flags;
+	__u32 rate_delivered;
+	__u32 rate_interval_us;
+	__u32 packets_out;
+	__u32 retrans_out;
+	__u32 total_retrans;
+	__u32 segs_in;
+	__u32 data_segs_in;
+	__u32 segs_out;
+	__u32 data_segs_out;
+	__u32 lost_out;
+	__u32 sacked_out;
+	__u32 sk_txhash;
+	__u64 bytes_received;
+	__u64 bytes_acked;
+	union {
+		struct bpf_sock *sk;
+		__u64 : 64;
+	} __attribute__((aligned(8)));
+};
+
+struct sk_msg_md {
+	union {
+		void *data;
+		__u64 : 64;
+	} __attribute__((aligned(8)));
+	union {
+		void *data_end;
+		__u64 : 64;
+	} __attribute__((aligned(8)));
+	__u32 family;
+	__u32 remote_ip4;
+	__u32 local_ip4;
+	__u32 remote_ip6[4];
+	__u32 local_ip6[4];
+	__u32 remote_port;
+	__u32 local_port;
+	__u32 size;
+	union {
+		struct bpf_sock *sk;
+		__u64 : 64;
+	} __attribute__((aligned(8)));
+};
+
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 
 typedef struct {
 	long long counter;
 } atomic64_t;
+
+struct list_head {
+	struct list_head *next, *prev;
+};
 
 struct in6_addr {
 	union {
@@ -173,12 +264,32 @@ struct sock_cgroup_data {
 
 struct sock {
 	struct sock_common __sk_common;
+	int sk_rcvbuf;
+	__u8 sk_shutdown;
+	__u8 sk_kern_sock : 1;
+	void *sk_user_data;
 	struct sock_cgroup_data sk_cgrp_data;
 	struct socket *sk_socket;
 	__u8 sk_userlocks; /* of some kernels a bit-field */
 };
 
+struct sk_psock {
+	struct list_head ingress_msg;
+};
+
+struct inet_sock {
+	struct sock sk;
+};
+
+struct tcp_ulp_ops;
+
+struct inet_connection_sock {
+	struct inet_sock icsk_inet;
+	const struct tcp_ulp_ops *icsk_ulp_ops;
+};
+
 struct tcp_sock {
+	struct inet_connection_sock inet_conn;
 	__u32 segs_in;
 	__u32 rcv_nxt;
 	__u32 copied_seq;
@@ -186,6 +297,7 @@ struct tcp_sock {
 	__u32 write_seq;
 	__u64 bytes_received;
 	__u64 bytes_acked;
+	bool is_mptcp;
 };
 
 struct pid_namespace;
@@ -242,6 +354,13 @@ struct bpf_iter__bpf_sk_storage_map {
 	struct bpf_map *map;
 	struct sock *sk;
 	void *value;
+};
+
+struct bpf_iter__sockmap {
+	struct bpf_iter_meta *meta;
+	struct bpf_map *map;
+	void *key;
+	struct sock *sk;
 };
 
 #pragma clang attribute pop

@@ -49,6 +49,7 @@ class AttachType(IntEnum):
     POST_BIND4 = lib.BPF_CGROUP_INET4_POST_BIND
     POST_BIND6 = lib.BPF_CGROUP_INET6_POST_BIND
     SOCK_RELEASE = lib.BPF_CGROUP_INET_SOCK_RELEASE
+    SOCK_OPS = lib.BPF_CGROUP_SOCK_OPS
 
     @property
     def hook(self) -> str:

@@ -1,0 +1,426 @@
+// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
+/* Splice: what one socket sends to another one on this node goes straight to its queue.
+ *
+ * Two sockets are a pair if each one's numbers of the handshake are the other's, swapped. Each way
+ * decides with its first message, and goes back to the stack, for good, before it could do harm.
+ */
+#include "vmlinux.h"
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+#include "sockhop.h"
+#include "splice.h"
+#include "maps.h"
+#include "splice_maps.h"
+#include "provenance.h"
+#include "splice_optin.h"
+
+#define SEND_SHUTDOWN 2
+#define CONTROL_SHARE 16
+#define BULK (1 << 20) /* bytes by the stack after which the other way follows */
+
+static __always_inline void note(__u32 service, enum splice_reason reason)
+{
+	struct splice_counters *counters = counters_of(service);
+
+	if (counters && reason < SPLICE_REASONS)
+		add(&counters->reasons[reason], 1);
+}
+
+/* --- sock_ops: pairing ---------------------------------------------------------------------- */
+
+static __always_inline bool make_key(struct bpf_sock_ops *ctx, const struct view *at,
+				     struct splice_key *key)
+{
+	__u32 sent = READ_ONCE(ctx->snd_nxt), received = READ_ONCE(ctx->rcv_nxt);
+	int order = compare_ends(at);
+
+	if (order < 0) {
+		copy_address(key->a_address, at->local);
+		copy_address(key->b_address, at->remote);
+		key->a_port = at->local_port;
+		key->b_port = at->remote_port;
+		key->a_sequence = sent;
+		key->b_sequence = received;
+	} else {
+		copy_address(key->a_address, at->remote);
+		copy_address(key->b_address, at->local);
+		key->a_port = at->remote_port;
+		key->b_port = at->local_port;
+		key->a_sequence = received;
+		key->b_sequence = sent;
+	}
+	key->netns = at->netns;
+	return order < 0;
+}
+
+static __always_inline void forget_pair(struct splice_lane *lane, __u64 cookie)
+{
+	struct splice_pair *pair = bpf_map_lookup_elem(&splice_pairs, &lane->key);
+
+	if (pair && (lane->is_a ? pair->a.cookie : pair->b.cookie) == cookie)
+		bpf_map_delete_elem(&splice_pairs, &lane->key);
+}
+
+/* A socket can have been connected before: connect(AF_UNSPEC). Its entry goes, and its queue with
+ * it, or bytes for the old connection would arrive on the new one.
+ */
+static __always_inline void start_afresh(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+{
+	struct splice_lane *old = bpf_sk_storage_get(&splice_lanes, sk, 0, 0);
+	__u64 cookie = bpf_get_socket_cookie(ctx);
+
+	if (!old)
+		return;
+	forget_pair(old, cookie);
+	bpf_map_delete_elem(&splice_sockets, &cookie);
+	bpf_sk_storage_delete(&splice_lanes, sk);
+}
+
+/* The connection is over, but bytes that are unread stay readable: the entry lives until close().
+ * Without such bytes it goes, so that the next call on the socket gets the stack's own answer.
+ */
+static __always_inline void closed(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+{
+	struct splice_lane *lane = bpf_sk_storage_get(&splice_lanes, sk, 0, 0);
+	__u64 cookie = bpf_get_socket_cookie(ctx);
+	struct tcp_sock *tp = bpf_skc_to_tcp_sock(sk);
+	struct sk_psock *psock;
+
+	if (!lane || !tp)
+		return;
+	forget_pair(lane, cookie);
+	psock = psock_of((struct sock *)tp);
+	if (!psock || queue_is_empty(psock))
+		bpf_map_delete_elem(&splice_sockets, &cookie);
+}
+
+/* Why this socket is none of ours; 0 where it can be spliced. */
+static __always_inline enum splice_reason unsuitable(struct tcp_sock *tp)
+{
+	struct sock *sk = (struct sock *)tp;
+
+	if (BPF_CORE_READ_BITFIELD_PROBED(sk, sk_kern_sock))
+		return SPLICE_KERNEL;
+	if (tp->inet_conn.icsk_ulp_ops)
+		return SPLICE_ULP;
+	if (bpf_core_field_exists(tp->is_mptcp) && tp->is_mptcp)
+		return SPLICE_ULP;
+	if (sk->sk_user_data)
+		return SPLICE_BUSY;
+	return SPLICE_REASON_NONE;
+}
+
+/* Put the socket into the sockhash, with a lane that has not decided yet. */
+static __always_inline bool take_in(struct bpf_sock_ops *ctx, struct tcp_sock *tp,
+				    struct splice_lane *lane, const struct splice_key *key,
+				    const struct splice_policy *policy)
+{
+	__u64 cookie = bpf_get_socket_cookie(ctx);
+	enum splice_reason reason = unsuitable(tp);
+
+	lane->key = *key;
+	lane->since = bpf_ktime_get_boot_ns();
+	lane->sequence = ctx->snd_nxt;
+	lane->service = policy->service;
+	lane->budget = policy->budget;
+	if (!reason && bpf_sock_hash_update(ctx, &splice_sockets, &cookie, BPF_NOEXIST))
+		reason = SPLICE_FULL;
+	if (reason) {
+		note(policy->service, reason);
+		return false;
+	}
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+	return true;
+}
+
+static __always_inline void connected(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+{
+	struct splice_policy policy = {};
+	struct splice_pair pair = {};
+	struct splice_lane *lane;
+	struct tcp_sock *tp;
+	struct view at;
+	bool is_a;
+
+	look(ctx, &at);
+	/* The server's end comes first: it is on this node and opted in, or there is no entry. */
+	if (!was_expected(&at) || !client_policy(ctx, sk, &at, &policy))
+		return;
+	tp = bpf_skc_to_tcp_sock(sk);
+	lane = bpf_sk_storage_get(&splice_lanes, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!tp || !lane) {
+		note(policy.service, SPLICE_FULL);
+		return;
+	}
+	is_a = make_key(ctx, &at, &pair.key);
+	lane->is_a = is_a;
+	lane->is_client = 1;
+	if (!take_in(ctx, tp, lane, &pair.key, &policy)) {
+		bpf_sk_storage_delete(&splice_lanes, sk);
+		return;
+	}
+	pair.service = policy.service;
+	pair.budget = policy.budget;
+	pair.mode = policy.mode;
+	if (is_a) {
+		pair.a.cookie = bpf_get_socket_cookie(ctx);
+		pair.a.sock = (__u64)tp;
+	} else {
+		pair.b.cookie = bpf_get_socket_cookie(ctx);
+		pair.b.sock = (__u64)tp;
+	}
+	bpf_map_update_elem(&splice_pairs, &pair.key, &pair, BPF_ANY);
+}
+
+static __always_inline void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+{
+	struct splice_policy policy = {};
+	struct splice_key key = {};
+	struct splice_counters *counters;
+	struct splice_lane *lane;
+	struct splice_pair *pair;
+	struct splice_end *own;
+	struct tcp_sock *tp;
+	struct view at;
+	bool is_a;
+
+	look(ctx, &at);
+	if (!server_policy(ctx, sk, &at, &policy))
+		return;
+	is_a = make_key(ctx, &at, &key);
+	pair = bpf_map_lookup_elem(&splice_pairs, &key);
+	if (!pair || !(is_a ? pair->b.cookie : pair->a.cookie))
+		return;
+	own = is_a ? &pair->a : &pair->b;
+	/* A socket that is connected to itself is both ends. */
+	if (own->cookie)
+		return;
+	policy.service = pair->service;
+	policy.budget = pair->budget;
+	tp = bpf_skc_to_tcp_sock(sk);
+	lane = bpf_sk_storage_get(&splice_lanes, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!tp || !lane) {
+		note(policy.service, SPLICE_FULL);
+		return;
+	}
+	lane->is_a = is_a;
+	if (!take_in(ctx, tp, lane, &key, &policy)) {
+		bpf_sk_storage_delete(&splice_lanes, sk);
+		return;
+	}
+	own->sock = (__u64)tp;
+	own->cookie = bpf_get_socket_cookie(ctx);
+	counters = counters_of(policy.service);
+	if (counters)
+		add(&counters->pairs, 1);
+}
+
+SEC("sockops")
+int sockhop_sock_ops(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+
+	switch (ctx->op) {
+	case BPF_SOCK_OPS_RWND_INIT:
+		if (!ctx->is_fullsock && !switched_off())
+			expect(ctx);
+		break;
+	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
+	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
+		if (!sk)
+			break;
+		start_afresh(ctx, sk);
+		if (switched_off())
+			break;
+		if (ctx->op == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB)
+			connected(ctx, sk);
+		else
+			accepted(ctx, sk);
+		break;
+	case BPF_SOCK_OPS_STATE_CB:
+		if (sk && ctx->args[1] == TCP_CLOSE)
+			closed(ctx, sk);
+	}
+	return 1;
+}
+
+/* --- sk_msg: what a socket sends ------------------------------------------------------------ */
+
+static __always_inline void leave(struct splice_lane *lane, struct splice_end *own,
+				  enum splice_reason reason)
+{
+	lane->mode = LANE_STACK;
+	lane->reason = reason;
+	if (own)
+		own->mode = LANE_STACK;
+	note(lane->service, reason);
+}
+
+/* The first message: find the peer. It may be missing, or its entry may be another's by now. */
+static __always_inline enum splice_reason decide(struct splice_lane *lane, struct splice_pair *pair)
+{
+	struct splice_end *peer;
+	__u64 cookie, sock;
+
+	if (!pair)
+		return SPLICE_UNPAIRED;
+	peer = lane->is_a ? &pair->b : &pair->a;
+	cookie = READ_ONCE(peer->cookie);
+	sock = READ_ONCE(peer->sock);
+	/* Elements of a hash are reused while they are read: compare the key after the value. */
+	if (!cookie || pair->key.a_sequence != lane->key.a_sequence ||
+	    pair->key.b_sequence != lane->key.b_sequence || pair->key.a_port != lane->key.a_port ||
+	    pair->key.b_port != lane->key.b_port || pair->key.netns != lane->key.netns ||
+	    !same_address(pair->key.a_address, lane->key.a_address) ||
+	    !same_address(pair->key.b_address, lane->key.b_address))
+		return SPLICE_UNPAIRED;
+	if (pair->mode == SPLICE_AUTO && lane->is_client &&
+	    bpf_get_prandom_u32() % CONTROL_SHARE == 0)
+		return SPLICE_CONTROL;
+	lane->peer = cookie;
+	lane->peer_sock = sock;
+	lane->mode = LANE_SPLICED;
+	return SPLICE_REASON_NONE;
+}
+
+/* Whether the peer can take `size` bytes more. Its memory may be another socket's by now: its
+ * cookie, read last, tells.
+ */
+static __always_inline enum splice_reason ask_peer(struct splice_lane *lane, __u32 size)
+{
+	struct tcp_sock *peer = (struct tcp_sock *)lane->peer_sock;
+	struct sock *sk = (struct sock *)peer;
+	__u8 state = BPF_CORE_READ(sk, __sk_common.skc_state);
+	struct sk_psock *psock = psock_of(sk);
+	__u32 limit = (__u32)BPF_CORE_READ(sk, sk_rcvbuf) / 2;
+
+	if (BPF_CORE_READ(peer, inet_conn.icsk_ulp_ops))
+		return SPLICE_ULP;
+	/* Another state cannot receive: bytes would rot in the queue where the stack says RST. */
+	if (state != TCP_ESTABLISHED && state != TCP_FIN_WAIT1 && state != TCP_FIN_WAIT2)
+		return SPLICE_GONE;
+	if (!psock)
+		return SPLICE_GONE;
+	if (queue_is_empty(psock))
+		lane->queued = 0;
+	if (BPF_CORE_READ(sk, __sk_common.skc_cookie.counter) != lane->peer)
+		return SPLICE_GONE;
+	if (limit > lane->budget)
+		limit = lane->budget;
+	return lane->queued + size > limit ? SPLICE_BACKLOG : SPLICE_REASON_NONE;
+}
+
+/* Why this message must not be spliced; 0 if it may. */
+static __always_inline enum splice_reason
+must_leave(struct splice_lane *lane, struct splice_pair *pair, struct tcp_sock *tp, __u32 size)
+{
+	struct sock *sk = (struct sock *)tp;
+	enum splice_reason reason;
+
+	if (switched_off())
+		return SPLICE_SWITCHED_OFF;
+	if (sk->sk_shutdown & SEND_SHUTDOWN)
+		return SPLICE_SHUT;
+	if (tp->write_seq != lane->sequence)
+		return SPLICE_SENT_BEFORE;
+	if (tp->inet_conn.icsk_ulp_ops)
+		return SPLICE_ULP;
+	if (lane->mode == LANE_UNDECIDED) {
+		reason = decide(lane, pair);
+		if (reason)
+			return reason;
+	}
+	if (!pair)
+		return SPLICE_GONE;
+	if (pair->leaves)
+		return SPLICE_LEFT;
+	if ((lane->is_a ? pair->a.unanswered : pair->b.unanswered) + size > lane->budget)
+		return SPLICE_BUDGET;
+	return ask_peer(lane, size);
+}
+
+/* How long the server takes to answer, by the stack or spliced: what `auto` compares. */
+static __always_inline void time_answer(struct splice_lane *lane, struct splice_pair *pair,
+					bool is_control)
+{
+	struct splice_counters *counters;
+	__u64 asked = pair->asked, now;
+
+	if (pair->mode != SPLICE_AUTO || !lane->is_client == !asked)
+		return;
+	now = bpf_ktime_get_ns();
+	pair->asked = lane->is_client ? now : 0;
+	counters = lane->is_client ? 0 : counters_of(lane->service);
+	if (!counters)
+		return;
+	add(is_control ? &counters->control_answers : &counters->answers, 1);
+	add(is_control ? &counters->control_time : &counters->answer_time, now - asked);
+}
+
+static __always_inline int by_stack(struct splice_lane *lane, struct splice_pair *pair, __u32 size)
+{
+	struct splice_counters *counters = counters_of(lane->service);
+
+	lane->stacked += size;
+	if (counters)
+		add(&counters->stack_bytes, size);
+	if (!pair)
+		return SK_PASS;
+	/* A stream gains nothing from the other way; without it the pair can leave the sockhash. */
+	if (lane->stacked > BULK &&
+	    (lane->reason == SPLICE_BUDGET || lane->reason == SPLICE_BACKLOG))
+		pair->leaves = LEAVES_SOCKHASH;
+	if (pair->leaves == LEAVES_AS_CONTROL)
+		time_answer(lane, pair, true);
+	return SK_PASS;
+}
+
+SEC("sk_msg")
+int sockhop_message(struct sk_msg_md *msg)
+{
+	struct bpf_sock *sk = msg->sk;
+	struct splice_counters *counters;
+	struct splice_end *own, *peer;
+	struct splice_lane *lane;
+	struct splice_pair *pair;
+	enum splice_reason reason;
+	__u32 size = msg->size;
+	struct tcp_sock *tp;
+	__u64 cookie;
+
+	if (!sk)
+		return SK_PASS;
+	lane = bpf_sk_storage_get(&splice_lanes, sk, 0, 0);
+	tp = bpf_skc_to_tcp_sock(sk);
+	if (!lane || !tp)
+		return SK_PASS;
+	pair = bpf_map_lookup_elem(&splice_pairs, &lane->key);
+	if (lane->mode == LANE_STACK)
+		return by_stack(lane, pair, size);
+	reason = must_leave(lane, pair, tp, size);
+	cookie = lane->peer;
+	if (!reason &&
+	    bpf_msg_redirect_hash(msg, &splice_sockets, &cookie, BPF_F_INGRESS) != SK_PASS)
+		reason = SPLICE_GONE;
+	if (reason || !pair) {
+		leave(lane, pair ? (lane->is_a ? &pair->a : &pair->b) : 0, reason);
+		if (pair && reason == SPLICE_CONTROL)
+			pair->leaves = LEAVES_AS_CONTROL;
+		return by_stack(lane, pair, size);
+	}
+	own = lane->is_a ? &pair->a : &pair->b;
+	peer = lane->is_a ? &pair->b : &pair->a;
+	own->mode = LANE_SPLICED;
+	own->unanswered += size;
+	peer->unanswered = 0;
+	lane->queued += size;
+	lane->spliced += size;
+	counters = counters_of(lane->service);
+	if (counters)
+		add(&counters->spliced_bytes, size);
+	time_answer(lane, pair, false);
+	return SK_PASS;
+}
+
+char LICENSE[] SEC("license") = "GPL";

@@ -1,0 +1,106 @@
+"""However a connection ends, spliced or not: the ends see the same, and so does the next one."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.mutants import mutant
+from tests.splice.runs import Seen, misdelivered, run_all
+from tests.splice.sequences import SEQUENCES, UNREAD
+from tests.splice.stage import Place, Stage
+from tests.splice.vanilla import vanilla
+
+pytestmark = pytest.mark.kernel
+
+ONE = (Place.LOOPBACK4,)
+
+
+@cache
+def plain() -> Seen:
+    """Return what plain TCP shows."""
+    with Stage(spliced=False) as stage:
+        seen = run_all(stage, SEQUENCES, Place)
+    assert not [name for name, lines in seen.items() if misdelivered(lines)]
+    return seen
+
+
+def expected() -> Seen:
+    """Return what spliced connections should show."""
+    return {
+        (place, name): list(UNREAD.get(name, lines)) for (place, name), lines in plain().items()
+    }
+
+
+def test_spliced_connections_end_as_plain_ones() -> None:
+    with Stage() as stage:
+        seen = run_all(stage, SEQUENCES, Place)
+        counters = stage.counters()
+        left = stage.entries()
+    assert seen == expected()
+    # Two connections each, but one where the tuple is still in use afterwards.
+    assert counters.pairs >= 2 * len(seen) - len(Place)
+    assert counters.spliced_bytes > 4000 * len(Place)
+    assert not left
+
+
+def test_a_sockhash_by_tuple_delivers_to_the_dead() -> None:
+    with Stage(spliced=False) as stage, vanilla(stage):
+        seen = {name: lines for (_, name), lines in run_all(stage, SEQUENCES, ONE).items()}
+    stuck = {name for name, lines in seen.items() if misdelivered(lines)} - UNREAD.keys()
+    assert stuck == {
+        "client_resets",
+        "server_resets",
+        "client_resets_behind_unread",
+        "listener_closes_over_unaccepted",
+        "client_half_then_server",
+        "server_half_then_client",
+        "client_unconnects",
+        "server_unconnects",
+        "writes_after_shutdown",
+    }
+    assert "client reads b'of the old server'" in seen["goes_elsewhere"]
+
+
+STATES = "	if (state != TCP_ESTABLISHED && state != TCP_FIN_WAIT1 && state != TCP_FIN_WAIT2)\n"
+
+MUTANTS = {
+    "keeps the entry of the connection before": (
+        {
+            "	forget_pair(old, cookie);\n	bpf_map_delete_elem(&splice_sockets, &cookie);\n": (
+                "	forget_pair(old, cookie);\n"
+            )
+        },
+        {"goes_elsewhere"},
+    ),
+    "drops the entry at the end, whatever is unread": (
+        {
+            "	if (!psock || queue_is_empty(psock))\n		bpf_map": "	if (1)\n		bpf_map"
+        },
+        {"client_resets_behind_unread", "client_destroyed", "server_destroyed"},
+    ),
+    "keeps the entry at the end, though nothing is unread": (
+        {
+            "	if (!psock || queue_is_empty(psock))\n		bpf_map": "	if (0)\n		bpf_map"
+        },
+        {"client_unconnects", "server_unconnects"},
+    ),
+    "sends after shutdown": (
+        {
+            "	if (sk->sk_shutdown & SEND_SHUTDOWN)\n		return SPLICE_SHUT;\n": "",
+            "	if (tp->write_seq != lane->sequence)\n		return SPLICE_SENT_BEFORE;\n": "",
+            STATES: "	if (0)\n",
+        },
+        {"writes_after_shutdown"},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", MUTANTS)
+def test_a_mutant_is_noticed(what: str, tmp_path: Path) -> None:
+    changes, broken = MUTANTS[what]
+    with Stage(path=mutant(tmp_path, "splice", *changes.items())) as stage:
+        seen = run_all(stage, SEQUENCES, ONE)
+    wanted = expected()
+    differs = {name for (place, name), lines in seen.items() if lines != wanted[place, name]}
+    assert broken <= differs, differs
