@@ -129,10 +129,7 @@ class Mover:
         raise AssertionError
 
     def _look(self, target: Socket, own: socket.socket, bound: bool) -> _Seen:
-        if (
-            struct.unpack("=Q", own.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8))[0]
-            != target.cookie
-        ):
+        if not _is_same(own, target):
             raise Kept(Obstacle.CLOSED, "its descriptor is another socket's now")
         origin = self._recall(target, own)
         if _since(origin) != _since(target.origin):
@@ -224,6 +221,11 @@ class Mover:
 def endpoint_of(end: _End) -> str:
     """Return packed address and port as text."""
     return endpoint(unpack_address(end[0]), end[1])
+
+
+def _is_same(own: socket.socket, target: Socket) -> bool:
+    (cookie,) = struct.unpack("=Q", own.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8))
+    return bool(cookie == target.cookie)
 
 
 def _since(origin: Provenance | None) -> int:
