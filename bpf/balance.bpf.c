@@ -13,12 +13,14 @@
 #include "datagrams.h"
 #include "remember.h"
 #include "move.h"
+#include "policy.h"
 
 #define EADDRINUSE 98
 #define EHOSTUNREACH 113
 #define ECANCELED 125
 #define ALLOW 1
-#define REJECT 0
+#define REJECT 0 /* EPERM, if nothing else is said */
+
 /* Linux kernel commit b44123b4a3dc ("bpf: Add cgroup helpers bpf_{get,set}_retval to get/set
  * syscall return value") (in v5.18). Before it: EPERM.
  */
@@ -31,34 +33,43 @@ static __always_inline int reject(int error)
 
 /* --- connect ------------------------------------------------------------------------------- */
 
-/* Where key is a frontend: choose, remember why, and leave the backend in *choice. */
+/* Where key is a frontend: choose a backend. */
 static __always_inline enum verdict balance(struct bpf_sock_addr *ctx, struct frontend_key *key,
-					    struct choice *choice)
+					    struct frontend *frontend, struct choice *choice)
 {
 	const struct move *move = setting(SETTING_MOVING) ? this_move(ctx) : 0;
-	struct provenance fresh = {}, *old;
-	struct frontend frontend = {};
 
 	if (move && !is_still_there(ctx, move))
 		return TOO_LATE;
 	/* A balanced socket that goes elsewhere is seen by its peer, which is not its backend. */
-	if (!find_frontend(ctx, key, &frontend) || !is_for(ctx, &frontend))
+	if (!find_frontend(ctx, key, frontend) || !is_for(ctx, frontend))
 		return PASS;
-	if (move && move->backend ? !choose_named(&frontend, move->backend, choice)
-				  : !choose(ctx, &frontend, choice))
-		return counted(&frontend, NO_BACKEND);
+	if (move && move->backend ? !choose_named(frontend, move->backend, choice)
+				  : !choose(ctx, frontend, choice))
+		return counted(frontend, NO_BACKEND);
+	if (move)
+		choice->reason = REASON_RESTEER;
+	return BALANCED;
+}
+
+/* Remembers where the socket goes, and why. */
+static __always_inline int let_go(struct bpf_sock_addr *ctx, const struct frontend_key *key,
+				  const struct frontend *frontend, const struct choice *choice)
+{
+	struct provenance fresh = {}, *old;
+
 	copy_address(fresh.frontend_address, key->address);
 	copy_address(fresh.backend_address, choice->slot.address);
 	fresh.since = bpf_ktime_get_boot_ns();
 	fresh.netns = bpf_get_netns_cookie(ctx);
-	fresh.service = frontend.service;
-	fresh.frontend = frontend.id;
+	fresh.service = frontend->service;
+	fresh.frontend = frontend->id;
 	fresh.backend = choice->slot.backend;
 	fresh.generation = choice->generation;
 	fresh.frontend_port = key->port;
 	fresh.backend_port = choice->slot.port;
 	fresh.protocol = key->protocol;
-	fresh.reason = move ? REASON_RESTEER : choice->reason;
+	fresh.reason = choice->reason;
 	count_socket(&fresh, choice->load);
 	old = recall(ctx, ctx->sk);
 	if (old) {
@@ -67,7 +78,8 @@ static __always_inline enum verdict balance(struct bpf_sock_addr *ctx, struct fr
 	} else {
 		remember(ctx, &fresh);
 	}
-	return counted(&frontend, BALANCED);
+	counted(frontend, BALANCED);
+	return ALLOW;
 }
 
 /* The key of what the hook's caller dials, sends to, or binds to. */
@@ -102,19 +114,23 @@ SEC("cgroup/connect4")
 int sockhop_connect4(struct bpf_sock_addr *ctx)
 {
 	struct frontend_key key = KEY4(ctx);
+	struct frontend frontend = {};
 	struct choice choice = {};
 
 	if (setting(SETTING_BYPASS))
 		return ALLOW;
-	switch (balance(ctx, &key, &choice)) {
+	switch (balance(ctx, &key, &frontend, &choice)) {
 	case TOO_LATE:
 		return reject(ECANCELED);
 	case NO_BACKEND:
 		return reject(EHOSTUNREACH);
 	case BALANCED:
 		rewrite4(ctx, choice.slot.address, choice.slot.port);
+		if (sockhop_denies_connect4(ctx))
+			return REJECT;
+		return let_go(ctx, &key, &frontend, &choice);
 	default:
-		return ALLOW;
+		return sockhop_denies_connect4(ctx) ? REJECT : ALLOW;
 	}
 }
 
@@ -122,19 +138,23 @@ SEC("cgroup/connect6")
 int sockhop_connect6(struct bpf_sock_addr *ctx)
 {
 	struct frontend_key key = KEY6(ctx);
+	struct frontend frontend = {};
 	struct choice choice = {};
 
 	if (setting(SETTING_BYPASS))
 		return ALLOW;
-	switch (balance(ctx, &key, &choice)) {
+	switch (balance(ctx, &key, &frontend, &choice)) {
 	case TOO_LATE:
 		return reject(ECANCELED);
 	case NO_BACKEND:
 		return reject(EHOSTUNREACH);
 	case BALANCED:
 		rewrite6(ctx, choice.slot.address, choice.slot.port);
+		if (sockhop_denies_connect6(ctx))
+			return REJECT;
+		return let_go(ctx, &key, &frontend, &choice);
 	default:
-		return ALLOW;
+		return sockhop_denies_connect6(ctx) ? REJECT : ALLOW;
 	}
 }
 
@@ -183,8 +203,9 @@ static __always_inline bool avoid_shared(const struct frontend *frontend,
 	return read_slot(&last, chosen);
 }
 
-static __always_inline enum verdict
-balance_datagram(struct bpf_sock_addr *ctx, struct frontend_key *key, struct choice *choice)
+/* With a stack of its own: that of a hook has to have room for sockhop_denies_*, too. */
+static __noinline enum verdict balance_datagram(struct bpf_sock_addr *ctx, struct frontend_key *key,
+						struct choice *choice)
 {
 	__u64 cookie = bpf_get_socket_cookie(ctx);
 	struct frontend frontend = {};
@@ -236,7 +257,7 @@ int sockhop_sendmsg4(struct bpf_sock_addr *ctx)
 	case BALANCED:
 		rewrite4(ctx, choice.slot.address, choice.slot.port);
 	default:
-		return ALLOW;
+		return sockhop_denies_sendmsg4(ctx) ? REJECT : ALLOW;
 	}
 }
 
@@ -254,7 +275,7 @@ int sockhop_sendmsg6(struct bpf_sock_addr *ctx)
 	case BALANCED:
 		rewrite6(ctx, choice.slot.address, choice.slot.port);
 	default:
-		return ALLOW;
+		return sockhop_denies_sendmsg6(ctx) ? REJECT : ALLOW;
 	}
 }
 

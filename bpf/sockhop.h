@@ -251,6 +251,61 @@ struct affinity {
 	__u8 pad[4];
 };
 
+enum policy_setting {
+	POLICY_WORD, /* epoch << 32 | flags of the policies in force; 0: there are none */
+	POLICY_LATEST, /* the latest epoch, so that none is ever used twice */
+	POLICY_NEXT, /* ids of rules, classes and policies are never given twice either */
+	POLICY_CHECKSUM, /* of what the word has in force */
+	POLICY_LOST, /* counter: denied since rules were not found where they should be */
+	POLICY_SETTINGS,
+};
+
+enum policy_flag {
+	POLICY_NAMES_SPACES = 1, /* some clients are told by their network namespace */
+	POLICY_NAMES_CGROUPS = 2,
+};
+
+/* Whose sockets; 0 for those of all namespaces, or cgroups, that have no entry of their own. The
+ * value is the id of a set of rules, 0: no policy is for them.
+ */
+struct policy_client {
+	__u64 netns;
+	__u64 cgroup;
+	__u32 epoch;
+	__u8 pad[4];
+};
+
+/* Keys of LPM tries; prefixlen counts the bits behind it. The value is a class of addresses for
+ * which the set of rules says the same.
+ */
+struct policy_network {
+	__u32 prefixlen;
+	__u32 rules;
+	__be32 address[4];
+};
+
+/* Protocol 0, port 0: neither TCP nor UDP. */
+struct policy_port {
+	__u32 prefixlen;
+	__u32 group; /* a class of addresses */
+	__u8 protocol;
+	__u8 pad;
+	__be16 port;
+};
+
+struct policy_verdict {
+	__u32 policy; /* who denies */
+	__u8 denied;
+	__u8 pad[3];
+};
+
+struct policy {
+	char name[192];
+	__u64 denied; /* connects and datagrams */
+	__u8 allows; /* it denies what neither it nor another one allows */
+	__u8 pad[7];
+};
+
 /* A backend of a service: never another one, since ids are never given twice. */
 struct pair {
 	__u32 service;

@@ -35,6 +35,7 @@ __all__ = [
     "default_intent",
     "endpoint",
     "is_loopback",
+    "is_mapped",
     "pack_address",
     "parse_address",
     "parse_network",
@@ -186,12 +187,17 @@ class Clients(msgspec.Struct, frozen=True):
     (nsfs: /run/netns/NAME, /proc/PID/ns/net). None: loopback frontends are the host's only, since
     loopback is local; all others are for every namespace.
     `cgroups`: only those below these paths, anywhere if there are none; `exclude`: not those
-    below these. Paths begin at the cgroup2 root.
+    below these. Paths begin at the cgroup2 root; `pod:UID` is where the kubelet has put a Pod.
     """
 
     namespaces: Literal["host", "all"] | tuple[str, ...] | None = None
     cgroups: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        chosen = self.namespaces
+        spaces = (chosen or "all",) if not isinstance(chosen, tuple) else chosen
+        return ",".join((*spaces, *self.cgroups, *(f"!{path}" for path in self.exclude)))
 
 
 class Service(msgspec.Struct, frozen=True):
@@ -255,6 +261,10 @@ class Rule(msgspec.Struct, frozen=True, order=True):
     cidr: str
     excluded: tuple[str, ...] = ()
     ports: tuple[Ports, ...] = ()
+
+    def __str__(self) -> str:
+        excluded = "".join(f"!{network}" for network in self.excluded)
+        return " ".join([self.cidr + excluded, *map(str, self.ports)])
 
 
 class Policy(msgspec.Struct, frozen=True):
@@ -368,9 +378,14 @@ def pack_address(address: str) -> bytes:
 
 def unpack_address(packed: bytes) -> str:
     """Return the canonical text of 16 bytes made by :func:`pack_address`."""
-    if packed.startswith(_MAPPED):
+    if is_mapped(packed):
         return socket.inet_ntop(socket.AF_INET, packed[12:])
     return socket.inet_ntop(socket.AF_INET6, packed)
+
+
+def is_mapped(packed: bytes) -> bool:
+    """Whether 16 bytes made by :func:`pack_address` are an IPv4 address."""
+    return packed.startswith(_MAPPED)
 
 
 def is_loopback(address: str) -> bool:

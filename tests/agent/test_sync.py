@@ -1,6 +1,7 @@
 """The synchroniser on real maps: it compares only what differs, and misses nothing."""
 
 import errno
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,10 +13,12 @@ from hypothesis import strategies as st
 
 from sockhop.agent import installer as installer_module
 from sockhop.agent.installer import Installer
+from sockhop.agent.policies import PolicyKeeper
 from sockhop.agent.state import AgentState, SourceState
 from sockhop.agent.sync import Synchronizer
 from sockhop.agent.target import expand
 from sockhop.datapath.balancer import BalanceMaps, Balancer, remove_pins
+from sockhop.datapath.policies import PolicyMaps
 from sockhop.kernel.bpffs import lock_directory
 from sockhop.kernel.syscall import KernelError
 from sockhop.model import Backend, Desired, Frontend, Protocol, Service
@@ -39,6 +42,9 @@ def maps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BalanceMaps]:
             remove_pins(pins)
 
 
+_policy_maps = functools.cache(PolicyMaps)
+
+
 class Source:
     """What the agent would read, what the paths in it name, and whether the kernel takes it."""
 
@@ -46,7 +52,8 @@ class Source:
         self.loaded = Loaded(Desired(), ())
         self.places: dict[str, int] = {}
         self.state = AgentState(os.getpid(), "", 0, "", "", SourceState([]))
-        self.sync = Synchronizer(lambda: self.loaded, Installer(maps), self.state, HOME)
+        policies = PolicyKeeper(_policy_maps(maps.pins))
+        self.sync = Synchronizer(lambda: self.loaded, Installer(maps), policies, self.state, HOME)
         patched: Any = self.sync.places
         patched.find = lambda desired: self.places
 

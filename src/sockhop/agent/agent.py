@@ -15,6 +15,7 @@ from sockhop import __version__
 from sockhop.agent.coexist import Coexistence, refuse_rivals
 from sockhop.agent.installer import Installer
 from sockhop.agent.notify import notify, watchdog_interval
+from sockhop.agent.policies import PolicyKeeper
 from sockhop.agent.rejections import RejectionLog
 from sockhop.agent.state import AgentState, SourceState
 from sockhop.agent.sync import Synchronizer
@@ -139,10 +140,11 @@ class _Agent:
         self._balancer = balancer
         self._installer = installer
         self._state = state
-        self._rejections = RejectionLog(balancer.maps, installer)
+        self._rejections = RejectionLog(balancer.maps, installer, balancer.policies)
         self._wake = asyncio.Event()
         self._stopping = False
-        self.sync = Synchronizer(sources.load, installer, state, current_cookie())
+        policies = PolicyKeeper(balancer.policies)
+        self.sync = Synchronizer(sources.load, installer, policies, state, current_cookie())
 
     async def follow(self, listen: tuple[str, int] | None) -> None:
         """Serve, and apply each change of the sources, until a signal says to stop."""
@@ -209,7 +211,9 @@ class _Agent:
                     serve_metrics,
                 )
 
-                collector = AgentCollector(self._balancer.maps, self._installer, self._state)
+                collector = AgentCollector(
+                    self._balancer.maps, self._balancer.policies, self._installer, self._state
+                )
                 application = metrics_application(collector, self._state)
                 runners.append(await serve_metrics(application, *listen))
             yield

@@ -11,9 +11,11 @@ from prometheus_client.registry import Collector
 
 from sockhop.agent.installed import map_usage
 from sockhop.agent.installer import Installer
+from sockhop.agent.policy_installer import read_policies
 from sockhop.agent.state import AgentState
 from sockhop.agent.target import split_service_port
 from sockhop.datapath.balancer import BalanceMaps
+from sockhop.datapath.policies import PolicyMaps, PolicySetting
 from sockhop.datapath.records import Setting, Total
 from sockhop.errors import InputError
 from sockhop.model import Protocol
@@ -26,14 +28,18 @@ _PROTOCOLS = {protocol.number: protocol.lower() for protocol in Protocol}
 class AgentCollector(Collector):
     """Reads the maps and the agent's state anew at each scrape."""
 
-    def __init__(self, maps: BalanceMaps, installer: Installer, state: AgentState) -> None:
+    def __init__(
+        self, maps: BalanceMaps, policies: PolicyMaps, installer: Installer, state: AgentState
+    ) -> None:
         self._maps = maps
+        self._policies = policies
         self._installer = installer
         self._state = state
 
     def collect(self) -> Iterator[Metric]:
         """Yield all metrics of the agent."""
         yield from self._connects()
+        yield from self._denials()
         yield from self._maps_used()
         yield from self._datapath()
         yield from self._sources()
@@ -53,6 +59,21 @@ class AgentCollector(Collector):
         for label_values, value in sorted(sums.items()):
             family.add_metric(label_values, value)
         yield family
+
+    def _denials(self) -> Iterator[Metric]:
+        family = CounterMetricFamily(
+            "sockhop_policy_denied",
+            "connect() calls and datagrams that a policy has denied, with EPERM.",
+            labels=["policy"],
+        )
+        for policy in read_policies(self._policies):
+            family.add_metric([policy.name], policy.denied)
+        yield family
+        yield CounterMetricFamily(
+            "sockhop_policy_lost",
+            "Denied because the rules were not where they should be.",
+            value=self._policies.setting(PolicySetting.LOST),
+        )
 
     def _maps_used(self) -> Iterator[Metric]:
         used = GaugeMetricFamily("sockhop_map_entries", "Entries in use.", labels=["map"])

@@ -4,7 +4,9 @@ import logging
 from collections import Counter
 
 from sockhop.agent.installer import Installer
+from sockhop.agent.policy_installer import read_policies
 from sockhop.datapath.balancer import BalanceMaps
+from sockhop.datapath.policies import PolicyMaps
 from sockhop.datapath.records import Total
 
 __all__ = ["RejectionLog"]
@@ -25,15 +27,17 @@ _MEANING = {
 class RejectionLog:
     """Compares the counters with those of the last call, and logs what has grown."""
 
-    def __init__(self, maps: BalanceMaps, installer: Installer) -> None:
+    def __init__(self, maps: BalanceMaps, installer: Installer, policies: PolicyMaps) -> None:
         self._maps = maps
         self._installer = installer
+        self._policies = policies
+        self._denied = self._denials()
         self._totals = dict(maps.totals.items())
         # With many services these are slow to read, and nobody has been rejected where all is well.
         self._counts = self._rejected() if self._totals[Total.REJECTED] else {}
 
     def write(self) -> None:
-        """Log at most a line for each of a few services, and for each rare event."""
+        """Log at most a line for each of a few services and policies, and for each rare event."""
         totals = dict(self._maps.totals.items())
         grown = {total: totals[total] - self._totals[total] for total in Total}
         self._totals = totals
@@ -42,6 +46,10 @@ class RejectionLog:
         for total, meaning in _MEANING.items():
             if grown[total] > 0:
                 _LOG.warning("%s: %d", meaning, grown[total])
+        denied = self._denials()
+        for name, n in (denied - self._denied).most_common(_SERVICES):
+            _LOG.warning("policy %s: denied with EPERM: %d", name, n)
+        self._denied = denied
 
     def _write_services(self, rejected: int) -> None:
         before, self._counts = self._counts, self._rejected()
@@ -51,6 +59,9 @@ class RejectionLog:
         services["services that are gone"] = rejected - services.total()
         for name, n in (+services).most_common(_SERVICES):
             _LOG.warning("%s: rejected with EHOSTUNREACH, no backend is active: %d", name, n)
+
+    def _denials(self) -> Counter[str]:
+        return Counter({policy.name: policy.denied for policy in read_policies(self._policies)})
 
     def _rejected(self) -> dict[int, int]:
         """Counts by the id of the frontend."""

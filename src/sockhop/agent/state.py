@@ -4,7 +4,7 @@ import time
 
 import msgspec
 
-__all__ = ["AgentState", "SourceState"]
+__all__ = ["AgentState", "PolicyState", "SourceState"]
 
 
 class SourceState(msgspec.Struct):
@@ -20,6 +20,21 @@ class SourceState(msgspec.Struct):
     error: str = ""
     error_at: float = 0.0
     warnings: list[str] = []
+
+
+class PolicyState(msgspec.Struct):
+    """A policy or a redirect as the sources ask for it.
+
+    `action`: allow, deny or redirect. `refused`: why none of it is enforced; `missing`: the
+    namespaces and cgroups of its clients that are not there.
+    """
+
+    name: str
+    action: str
+    clients: str
+    targets: list[str]
+    refused: list[str]
+    missing: list[str]
 
 
 class AgentState(msgspec.Struct):
@@ -38,6 +53,7 @@ class AgentState(msgspec.Struct):
     synced_at: float = 0.0
     sync_seconds: float = 0.0
     sync_error: str = ""
+    policies: list[PolicyState] = []
 
     @property
     def healthy(self) -> bool:

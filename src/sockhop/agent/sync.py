@@ -10,6 +10,7 @@ from typing import NamedTuple
 from sockhop.agent.installer import Installer
 from sockhop.agent.places import PlaceFinder
 from sockhop.agent.plan import Plan, make_plan
+from sockhop.agent.policies import PolicyKeeper, enforceable, policy_states
 from sockhop.agent.state import AgentState
 from sockhop.agent.target import Target, expand
 from sockhop.errors import InputError, SockhopError
@@ -44,11 +45,17 @@ class Synchronizer:
     """Brings what is installed in line with the sources, and notes in `state` how that went."""
 
     def __init__(
-        self, load: Callable[[], Loaded], installer: Installer, state: AgentState, home: int
+        self,
+        load: Callable[[], Loaded],
+        installer: Installer,
+        policies: PolicyKeeper,
+        state: AgentState,
+        home: int,
     ) -> None:
         """*load* reads the sources; *home* is the netns cookie in which loopback holds."""
         self._load = load
         self._installer = installer
+        self._policies = policies
         self._state = state
         self._home = home
         self._applied: _Applied | None = None
@@ -87,9 +94,10 @@ class Synchronizer:
 
     def _apply(self, loaded: Loaded) -> Plan:
         state, installer = self._state, self._installer
+        desired = enforceable(loaded.desired)
         wanted = _Applied(
-            {service.name: service for service in loaded.desired.services},
-            self.places.find(loaded.desired),
+            {service.name: service for service in desired.services},
+            self.places.find(desired),
         )
         # Until this has gone well, the next plan has to look at all that is installed.
         applied, self._applied = self._applied, None
@@ -103,6 +111,8 @@ class Synchronizer:
         state.services = len(loaded.desired.services)
         state.frontends = sum(len(service.frontends) for service in loaded.desired.services)
         state.backends = len(installer.installed.members)
+        self._policies.apply(desired, self._home, self.places)
+        state.policies = policy_states(desired, self.places)
         state.synced_at, state.sync_error = time.time(), ""
         self._applied = wanted
         return plan

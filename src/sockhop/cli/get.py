@@ -1,17 +1,18 @@
-"""`sockhop get services|backends|sockets`."""
+"""`sockhop get services|backends|sockets|policies`."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import click
 
-from sockhop.cli.options import bpffs_path, global_options, output_option, parse_duration
+from sockhop.cli.options import api_path, bpffs_path, global_options, output_option, parse_duration
 from sockhop.cli.output import Column, age, print_rows
 
 if TYPE_CHECKING:
     from sockhop.agent.inventory import BackendRow, ServiceRow, SocketRow
+    from sockhop.agent.policy_rows import PolicyRow
 
-    Rows: TypeAlias = Sequence[ServiceRow | BackendRow | SocketRow]
+    Rows: TypeAlias = Sequence[ServiceRow | BackendRow | SocketRow | PolicyRow]
 
 __all__ = ["command"]
 
@@ -56,11 +57,23 @@ _COLUMNS = {
         Column("GENERATION", "generation", wide=True),
         Column("BACKEND-ID", "backend_id", wide=True),
     ),
+    "policies": (
+        Column("POLICY", "policy"),
+        Column("ACTION", "action"),
+        Column("ENFORCED", "enforced"),
+        Column("CLIENTS", "clients"),
+        Column("TARGETS", "targets"),
+        Column("DENIED", "denied"),
+        Column("NOT ENFORCED BECAUSE", "reasons"),
+        Column("LIMITS", "limits", wide=True),
+        Column("ID", "id", wide=True),
+    ),
 }
 _IDENTITY = {
     "services": ("frontend", "netns_cookie"),
     "backends": ("id",),
     "sockets": ("cookie",),
+    "policies": ("policy",),
 }
 """What makes a row the same one a moment later."""
 
@@ -82,7 +95,7 @@ _IDENTITY = {
 )
 @global_options
 def command(what: str, output: str, watch: bool, interval: float, count: int | None) -> int:
-    """List services, backends or balanced sockets, as the kernel has them now.
+    """List services, backends, balanced sockets or policies, as the kernel has them now.
 
     Works without a running agent. SCOPE says in which network namespaces a frontend holds.
     --watch keeps the table current on a terminal; elsewhere it appends a line for each row that
@@ -108,6 +121,10 @@ def _read(what: str, output: str) -> "Rows":
     )
     from sockhop.datapath.balancer import BalanceMaps  # noqa: PLC0415
 
+    if what == "policies":
+        from sockhop.agent.policy_rows import list_policies  # noqa: PLC0415
+
+        return list_policies(bpffs_path(), api_path())
     with BalanceMaps(bpffs_path()) as maps:
         if what == "backends":
             return list_backends(maps)

@@ -7,7 +7,7 @@ import msgspec
 
 from sockhop.cli.options import manifests_option, output_option
 from sockhop.cli.output import Column, print_rows, print_value
-from sockhop.model import Clients, Desired, Frontend, Policy, Redirect, Rule, Service
+from sockhop.model import Clients, Desired, Frontend, Policy, Redirect, Service
 
 __all__ = ["command"]
 
@@ -88,25 +88,20 @@ def _policy_rows(desired: Desired) -> list[_PolicyRow]:
 
 
 def _policy_row(policy: Policy) -> _PolicyRow:
-    targets = [_target(rule) for rule in policy.rules]
-    refused = list(policy.refused)
-    return _PolicyRow(policy.name, policy.action, _clients(policy.clients), targets, refused)
+    return _PolicyRow(
+        policy.name,
+        policy.action,
+        str(policy.clients or Clients()),
+        list(map(str, policy.rules)),
+        list(policy.refused),
+    )
 
 
 def _redirect_row(redirect: Redirect) -> _PolicyRow:
-    clients = _clients(Clients(exclude=redirect.exempt))
-    targets = [str(frontend) for frontend in redirect.frontends]
-    return _PolicyRow(redirect.name, "redirect", clients, targets, list(redirect.refused))
-
-
-def _target(rule: Rule) -> str:
-    excluded = "".join(f"!{network}" for network in rule.excluded)
-    return " ".join([rule.cidr + excluded, *map(str, rule.ports)])
-
-
-def _clients(clients: Clients | None) -> str:
-    clients = clients or Clients()
-    chosen = clients.namespaces
-    spaces = chosen if isinstance(chosen, tuple) else () if chosen in (None, "all") else (chosen,)
-    shown = [*spaces, *clients.cgroups, *(f"!{path}" for path in clients.exclude)]
-    return ",".join(shown) or "all"
+    return _PolicyRow(
+        redirect.name,
+        "redirect",
+        str(Clients(exclude=redirect.exempt)),
+        list(map(str, redirect.frontends)),
+        list(redirect.refused),
+    )

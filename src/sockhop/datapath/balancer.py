@@ -14,6 +14,8 @@ from sockhop.datapath.attachment import (
     programs_in_force,
 )
 from sockhop.datapath.neighbours import Neighbourhood, find_neighbours
+from sockhop.datapath.pins import NotInstalled, link_directory, map_directory, nothing_here
+from sockhop.datapath.policies import PolicyMaps
 from sockhop.datapath.records import (
     ABI,
     BackendRecord,
@@ -82,22 +84,12 @@ SIZED_MAPS = {
     "live": (),
     "affinities": (),
     "datagram_overflow": (),
+    "policies": (),
+    "policy_clients": (),
+    "policy_networks": (),
+    "policy_ports": (),
     "provenance_by_cookie": (),
 }
-
-
-class NotInstalled(SystemLackError):
-    """There are no maps of ours in the bpffs directory."""
-
-
-def map_directory(pins: Path) -> Path:
-    """Return where the maps are pinned, given the bpffs directory."""
-    return pins / "maps"
-
-
-def link_directory(pins: Path) -> Path:
-    """Return where the links are pinned, given the bpffs directory."""
-    return pins / "links"
 
 
 class BalanceMaps:
@@ -106,7 +98,8 @@ class BalanceMaps:
     def __init__(self, pins: Path) -> None:
         """Open the maps below the bpffs directory *pins*; NotInstalled where there are none."""
         layouts = Layouts(object_path("balance"))
-        self._pins = pins
+        self.pins = pins
+        """The bpffs directory."""
         self._stack = ExitStack()
         self.frontend_key: Codec[FrontendKey] = layouts.codec(FrontendKey, "frontend_key")
         self.slot_key: Codec[SlotKey] = layouts.codec(SlotKey, "slot_key")
@@ -174,20 +167,16 @@ class BalanceMaps:
 
     def _open(self, name: str, key: Codec[Any], value: Codec[Any]) -> Any:
         try:
-            fd = open_pinned(map_directory(self._pins) / name)
+            fd = open_pinned(map_directory(self.pins) / name)
         except FileNotFoundError:
-            raise NotInstalled(
-                f"{self._pins}: nothing is installed here",
-                hint="start an agent with `sockhop agent -f services.yaml`, "
-                "or name its directory with --bpffs (SOCKHOP_BPFFS)",
-            ) from None
+            raise nothing_here(self.pins) from None
         return self._stack.enter_context(Map(fd, key, value))
 
     def _check_abi(self) -> None:
         found = self.setting(Setting.ABI)
         if found not in (0, ABI):
             raise SystemLackError(
-                f"{self._pins}: these maps have the ABI {found}, this version has {ABI}",
+                f"{self.pins}: these maps have the ABI {found}, this version has {ABI}",
                 hint="use the version that made them, or start afresh after its `sockhop detach`",
             )
 
@@ -214,17 +203,16 @@ class Balancer:
                 for name in (sized, *SIZED_MAPS[sized])
             },
         )
-        try:
-            self.maps = BalanceMaps(pins)
-        except BaseException:
-            self._object.close()
-            raise
+        with ExitStack() as stack:
+            stack.callback(self._object.close)
+            self.maps = stack.enter_context(BalanceMaps(pins))
+            self.policies = stack.enter_context(PolicyMaps(pins))
+            self._stack = stack.pop_all()
         self.maps.settings.set(Setting.ABI, ABI)
 
     def close(self) -> None:
         """Close descriptors."""
-        self.maps.close()
-        self._object.close()
+        self._stack.close()
 
     def __enter__(self) -> "Balancer":
         return self
