@@ -30,6 +30,7 @@ class World:
         self.path = sandbox.manifest(self.state())
         self.agent = self.start().wait_ready()
         self.bypassed = False
+        self.loop = Loop(ADDRESS)
 
     def start(self) -> Agent:
         return self.sandbox.start_agent("-f", str(self.path))
@@ -66,7 +67,8 @@ class World:
     def bypass(self) -> None:
         self.agent.wait_ready()
         switch = self.chance.choice(["on", "off"])
-        self.sandbox.sockhop("bypass", switch)
+        with self.loop.switching():
+            self.sandbox.sockhop("bypass", switch)
         if switch == "on":
             self.bypassed = True
             time.sleep(0.05)
@@ -81,7 +83,7 @@ def test_interleavings(sandbox: Sandbox, tmp_path: Path) -> None:
         ServerThread("two", ADDRESS) as two,
     ):
         world = World(sandbox, seed, [one, two])
-        loop = Loop(ADDRESS)
+        loop = world.loop
         try:
             for _ in range(STEPS):
                 world.step()
