@@ -102,13 +102,15 @@ class Mover:
         *,
         pid: int,
         direct: bool,
+        dry: bool,
     ) -> None:
         """*pid*: of this process in the first namespace of process ids.
 
-        *direct*: a socket goes to what it dialled even if that is no frontend any more.
+        *direct*: a socket goes to what it dialled even if that is no frontend any more. *dry*:
+        move() does everything but connect the socket.
         """
         self._maps, self._memory, self._fitting = maps, memory, fitting
-        self._pid, self._direct = pid, direct
+        self._pid, self._direct, self._dry = pid, direct, dry
 
     def move(self, target: Socket, own: socket.socket, *, bound: bool) -> str:
         """Move the socket, of which *own* is a duplicate; return what was done, for people.
@@ -117,9 +119,13 @@ class Mover:
         """
         for attempt in range(_ATTEMPTS):
             seen = self._look(target, own, bound)
-            backend = self._choose(seen)
+            fits = self._choose(seen)
+            if self._dry:
+                return _there(fits)
+            # Where the hook would choose among just these, it does.
+            free = seen.active is None or len(fits) == len(seen.active)
             try:
-                self._connect(seen, backend)
+                self._connect(seen, 0 if free else _by_weight(fits).backend)
             except OSError as error:
                 # The hook's answer where the backend that was chosen has just gone.
                 if error.errno != errno.EHOSTUNREACH or attempt == _ATTEMPTS - 1:
@@ -148,8 +154,8 @@ class Mover:
         traits = Traits.of(own, netns=target.netns, local=target.local_address, bound=bound)
         return _Seen(target, own, _since(origin), backend, dialled, active, traits)
 
-    def _choose(self, seen: _Seen) -> int:
-        """Return the id of a backend that fits; 0 where the hook may choose, for all do."""
+    def _choose(self, seen: _Seen) -> list[Candidate]:
+        """Return the backends that it may go to: others than its own, that fit."""
         active = [Candidate(0, *seen.dialled)] if seen.active is None else seen.active
         others = [each for each in active if not each.backend or each.backend != seen.backend]
         if not others:
@@ -157,9 +163,7 @@ class Mover:
         fits = [each for each in others if self._fits(seen, each.address)]
         if not fits:
             raise Kept(Obstacle.SOURCE, self._misfit(seen, others[0]))
-        if len(fits) == len(active):
-            return 0
-        return random.choices(fits, [each.weight for each in fits])[0].backend
+        return fits
 
     def _fits(self, seen: _Seen, to: bytes) -> bool:
         return self._fitting.source(seen.own, seen.traits, to) == seen.traits.local
@@ -221,6 +225,16 @@ class Mover:
 def endpoint_of(end: _End) -> str:
     """Return packed address and port as text."""
     return endpoint(unpack_address(end[0]), end[1])
+
+
+def _by_weight(candidates: list[Candidate]) -> Candidate:
+    return random.choices(candidates, [each.weight for each in candidates])[0]
+
+
+def _there(candidates: list[Candidate]) -> str:
+    if len(candidates) > 1:
+        return f"to one of {len(candidates)} backends"
+    return f"to {endpoint_of(candidates[0][1:3])}"
 
 
 def _is_same(own: socket.socket, target: Socket) -> bool:

@@ -10,7 +10,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -68,7 +68,12 @@ class Resteerer:
         self.close()
 
     def resteer(
-        self, sockets: Iterable[Socket], sever: Sever | None, *, direct: bool = False
+        self,
+        sockets: Iterable[Socket],
+        sever: Sever | None,
+        *,
+        direct: bool = False,
+        dry: bool = False,
     ) -> list[MoveOutcome]:
         """Move each of *sockets* to another backend of what it dialled, or *sever* it.
 
@@ -76,6 +81,7 @@ class Resteerer:
         it has, if that is a frontend now. *direct*: where what a socket dialled is no frontend any
         more, it goes to that address itself, as when a redirect is deleted. While no other backend
         is active it stays where it is; one that its program has connected elsewhere is left alone.
+        *dry*: look what would be done, and count nothing.
         """
         wanted = {each.cookie: each for each in sockets}
         kept: dict[int, Kept] = {}
@@ -84,24 +90,32 @@ class Resteerer:
             kept = dict.fromkeys(wanted, Kept(Obstacle.BYPASS, "bypass is on"))
         else:
             owners = self._find_owners(list(wanted.values()))
-            with self._mover(direct) as mover:
+            with self._mover(direct=direct, dry=dry) as mover:
                 for cookie, target in wanted.items():
                     try:
                         done[cookie] = _move(mover, target, owners.get(cookie, []))
                     except Kept as reason:
                         kept[cookie] = reason
-        return self._outcomes(wanted, done, kept, sever)
+        if not dry:
+            self.obstacles[Obstacle.NONE] += len(done)
+            self.obstacles.update(reason.obstacle for reason in kept.values())
+        return _outcomes(wanted, done, kept, sever)
 
     @contextmanager
-    def _mover(self, direct: bool) -> Iterator[Mover]:
+    def _mover(self, *, direct: bool, dry: bool) -> Iterator[Mover]:
+        pid = self._owners.reader if self._owners else os.getpid()
+        with nullcontext() if dry else self._watched(), Fitting() as fitting:
+            yield Mover(self._maps, self._memory, fitting, pid=pid, direct=direct, dry=dry)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
         """While the body runs, the hooks look who connects a socket, see bpf/move.h."""
         settings, moves = self._maps.settings, self._maps.moves
-        pid = self._owners.reader if self._owners else os.getpid()
-        with one_at_a_time(self._directory), Fitting() as fitting:
+        with one_at_a_time(self._directory):
             moves.delete_many(moves.keys())  # of one that was killed
             settings.set(Setting.MOVING, 1)
             try:
-                yield Mover(self._maps, self._memory, fitting, pid=pid, direct=direct)
+                yield
             finally:
                 settings.set(Setting.MOVING, 0)
 
@@ -121,32 +135,6 @@ class Resteerer:
             for each in targets
             if each.inode in holders
         }
-
-    def _outcomes(
-        self,
-        wanted: Mapping[int, Socket],
-        done: Mapping[int, str],
-        kept: Mapping[int, Kept],
-        sever: Sever | None,
-    ) -> list[MoveOutcome]:
-        self.obstacles[Obstacle.NONE] += len(done)
-        self.obstacles.update(reason.obstacle for reason in kept.values())
-        ended = {}
-        if sever and (hopeless := [n for n, reason in kept.items() if reason.obstacle.severs]):
-            now = [_at(wanted[cookie], kept[cookie].peer) for cookie in hopeless]
-            ended = {each.socket.cookie: each for each in sever(now)}
-        outcomes = []
-        for cookie, target in wanted.items():
-            if cookie in done:
-                outcomes.append(MoveOutcome(target, Action.RESTEERED, done[cookie]))
-                continue
-            reason, end = kept[cookie], ended.get(cookie)
-            action = end.action if end else reason.obstacle.action
-            text = f"not moved: {reason.reason}"
-            if end and end.action not in (Action.SEVERED, Action.GONE):
-                text += f"; not severed: {end.reason}"
-            outcomes.append(MoveOutcome(target, action, text, reason.obstacle))
-        return outcomes
 
 
 def _move(mover: Mover, target: Socket, owners: Sequence[Owner]) -> str:
@@ -169,6 +157,33 @@ def _refusal(owner: Owner, error: KernelError) -> Kept:
     if error.errno in (errno.ESRCH, errno.EBADF):
         return Kept(Obstacle.CLOSED, f"{owner.holder} has closed it")
     return Kept(Obstacle.REFUSED, f"{owner.holder} may not be asked: {error.message}")
+
+
+def _outcomes(
+    wanted: Mapping[int, Socket],
+    done: Mapping[int, str],
+    kept: Mapping[int, Kept],
+    sever: Sever | None,
+) -> list[MoveOutcome]:
+    """Sever what could not be moved, and return what became of each."""
+    ended = {}
+    if sever and (hopeless := [n for n, reason in kept.items() if reason.obstacle.severs]):
+        now = [_at(wanted[cookie], kept[cookie].peer) for cookie in hopeless]
+        ended = {each.socket.cookie: each for each in sever(now)}
+    return [
+        MoveOutcome(target, Action.RESTEERED, done[cookie])
+        if cookie in done
+        else _kept(target, kept[cookie], ended.get(cookie))
+        for cookie, target in wanted.items()
+    ]
+
+
+def _kept(target: Socket, reason: Kept, end: Outcome | None) -> MoveOutcome:
+    action = end.action if end else reason.obstacle.action
+    text = f"not moved: {reason.reason}"
+    if end and end.action not in (Action.SEVERED, Action.GONE):
+        text += f"; not severed: {end.reason}"
+    return MoveOutcome(target, action, text, reason.obstacle)
 
 
 def _at(target: Socket, peer: tuple[bytes, int] | None) -> Socket:
