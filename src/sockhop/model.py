@@ -32,8 +32,8 @@ __all__ = [
     "Rule",
     "Service",
     "Trigger",
-    "default_intent",
     "endpoint",
+    "intent_for",
     "is_loopback",
     "is_mapped",
     "pack_address",
@@ -207,7 +207,7 @@ class Service(msgspec.Struct, frozen=True):
     `fallback`: the states, in this order, whose backends serve where none is active.
     `reserve`: whether sockets are kept from binding to the frontends.
     `clients`: None is the same as a :class:`Clients` that says nothing.
-    `intents`: what differs from :func:`default_intent`, each protocol and trigger at most once.
+    `intents`: what it says for :func:`intent_for`, each protocol and trigger at most once.
     """
 
     name: str
@@ -218,19 +218,6 @@ class Service(msgspec.Struct, frozen=True):
     reserve: bool = False
     clients: Clients | None = None
     intents: tuple[IntentRule, ...] = ()
-
-    def intent(self, protocol: Protocol, trigger: Trigger) -> Intent:
-        """Return what should become of live sockets of this service.
-
-        TCP cannot be moved to another peer: there `resteer` means `sever`.
-        """
-        for rule in self.intents:
-            if rule.protocol is protocol and rule.trigger is trigger:
-                intent = rule.intent
-                if protocol is Protocol.TCP and intent.kind is IntentKind.RESTEER:
-                    return Intent(IntentKind.SEVER)
-                return intent
-        return default_intent(protocol, trigger)
 
 
 class PolicyAction(StrEnum):
@@ -309,15 +296,22 @@ class Desired(msgspec.Struct, frozen=True):
                 yield service, frontend
 
 
-def default_intent(protocol: Protocol, trigger: Trigger) -> Intent:
-    """Return what becomes of live sockets where their service says nothing.
+def intent_for(rules: Iterable[IntentRule], protocol: Protocol, trigger: Trigger) -> Intent:
+    """Return what should become of live sockets of a service that has these *rules*.
 
-    A TCP connection to a backend that has left its service may still be in use: it ends only once
-    its peer is silent. A backend in another state is still there, and finishes what it has begun.
-    Connected UDP cannot tell that nobody listens: it moves to where somebody does, but not from a
-    backend in maintenance, which a person has asked for and which still answers. What a policy
-    forbids ends at once.
+    Where they say nothing: a TCP connection to a backend that has left its service may still be in
+    use, so it ends only once its peer is silent. A backend in another state is still there, and
+    finishes what it has begun. Connected UDP cannot tell that nobody listens: it moves to where
+    somebody does, but not from a backend in maintenance, which a person has asked for and which
+    still answers. What a policy forbids ends at once.
+
+    TCP cannot be moved to another peer: there `resteer` means `sever`.
     """
+    for rule in rules:
+        if rule.protocol is protocol and rule.trigger is trigger:
+            if protocol is Protocol.TCP and rule.intent.kind is IntentKind.RESTEER:
+                return _SEVER
+            return rule.intent
     return _DEFAULT_INTENTS[protocol, trigger]
 
 

@@ -18,7 +18,7 @@ from sockhop.model import (
     Protocol,
     Service,
     Trigger,
-    default_intent,
+    intent_for,
 )
 from tests.sources.manifests import compact, load_text, refusal
 
@@ -88,7 +88,7 @@ def test_the_full_example(tmp_path: Path) -> None:
         ),
     )
     assert loaded.warnings == (
-        f"{tmp_path}/m.yaml: service dns: intent, splice, health are checked "
+        f"{tmp_path}/m.yaml: service dns: splice, health are checked "
         "but not applied by this version",
     )
 
@@ -396,14 +396,13 @@ def test_splice_takes_yaml_booleans(tmp_path: Path) -> None:
 
 def test_everything_unapplied_is_in_one_warning(tmp_path: Path) -> None:
     fields: dict[str, Any] = {
-        "intent": {"udp": {"removed": "leave"}},
         "splice": "on",
         "health": {"http": {"path": "/"}},
         "clients": {"namespaces": ["/run/netns/a"], "cgroups": ["/a.slice"], "exclude": ["/b"]},
     }
     (warning,) = load_text(tmp_path, json.dumps(compact(**fields))).warnings
     assert warning.endswith(
-        "service web: intent, splice, health are checked but not applied by this version"
+        "service web: splice, health are checked but not applied by this version"
     )
 
 
@@ -423,13 +422,12 @@ def test_intents(tmp_path: Path) -> None:
         (udp, Trigger.QUARANTINED, Intent(IntentKind.SEVER)),
         (udp, Trigger.DENIED, Intent(IntentKind.LEAVE)),
     ):
-        assert said.intent(protocol, trigger) == expected
-        assert silent.intent(protocol, trigger) == default_intent(protocol, trigger)
-    assert said.intent(udp, Trigger.REMOVED) == Intent(IntentKind.RESTEER)
-    assert said.intent(tcp, Trigger.DENIED) == Intent(IntentKind.SEVER)
-    assert silent.intent(tcp, Trigger.REMOVED) == Intent(IntentKind.DRAIN, 30.0)
-    assert str(said.intent(tcp, Trigger.REMOVED)) == "drain 1.5s, deadline 300s"
-    assert str(silent.intent(udp, Trigger.MAINTENANCE)) == "leave"
+        assert intent_for(said.intents, protocol, trigger) == expected
+    assert intent_for(said.intents, udp, Trigger.REMOVED) == Intent(IntentKind.RESTEER)
+    assert intent_for(said.intents, tcp, Trigger.DENIED) == Intent(IntentKind.SEVER)
+    assert intent_for(silent.intents, tcp, Trigger.REMOVED) == Intent(IntentKind.DRAIN, 30.0)
+    assert str(intent_for(said.intents, tcp, Trigger.REMOVED)) == "drain 1.5s, deadline 300s"
+    assert str(intent_for(silent.intents, udp, Trigger.MAINTENANCE)) == "leave"
 
 
 def test_too_many_backends(tmp_path: Path) -> None:

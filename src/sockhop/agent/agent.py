@@ -2,23 +2,27 @@
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import msgspec
 
 from sockhop import __version__
+from sockhop.agent.brake import Limits
 from sockhop.agent.coexist import Coexistence, refuse_rivals
 from sockhop.agent.installer import Installer
 from sockhop.agent.notify import notify, watchdog_interval
+from sockhop.agent.orders import now
 from sockhop.agent.policies import PolicyKeeper
 from sockhop.agent.rejections import RejectionLog
-from sockhop.agent.state import AgentState, SourceState
+from sockhop.agent.state import AgentState, HeldChange, SourceState
 from sockhop.agent.sync import Synchronizer
+from sockhop.agent.terminate import Terminator, opened_terminator
 from sockhop.datapath.balancer import Balancer, check_room, map_directory, remove_pins, survey
 from sockhop.datapath.sockets import Sockets
 from sockhop.errors import InputError, SystemLackError
@@ -51,6 +55,7 @@ class AgentOptions(msgspec.Struct, frozen=True):
     settle_every: float = 30.0
     map_sizes: dict[str, int] = {}
     coexist: bool = False
+    limits: Limits = Limits()
 
 
 def run_agent(options: AgentOptions) -> None:
@@ -80,7 +85,12 @@ def run_agent(options: AgentOptions) -> None:
                     [str(path) for path in options.paths], options.node_name, options.coexist
                 ),
             )
-            agent = _Agent(options, sources, balancer, installer, state)
+            terminator = stack.enter_context(
+                opened_terminator(
+                    options.pins, options.api, balancer.maps, installer, options.limits
+                )
+            )
+            agent = _Agent(options, sources, balancer, installer, state, terminator)
             agent.sync.note_source(first)
             agent.sync.apply(first)
             balancer.attach(cgroup)
@@ -134,6 +144,7 @@ class _Agent:
         balancer: Balancer,
         installer: Installer,
         state: AgentState,
+        terminator: Terminator,
     ) -> None:
         self._options = options
         self._sources = sources
@@ -144,7 +155,11 @@ class _Agent:
         self._wake = asyncio.Event()
         self._stopping = False
         policies = PolicyKeeper(balancer.policies)
-        self.sync = Synchronizer(sources.load, installer, policies, state, current_cookie())
+        self._terminator = terminator
+        self._orders_changed = asyncio.Event()
+        self.sync = Synchronizer(
+            sources.load, installer, policies, state, current_cookie(), terminator
+        )
 
     async def follow(self, listen: tuple[str, int] | None) -> None:
         """Serve, and apply each change of the sources, until a signal says to stop."""
@@ -176,6 +191,8 @@ class _Agent:
             await asyncio.sleep(_SETTLE)
             self._rejections.write()  # before the counters of what is removed go
             self.sync.run()
+            self._terminator.run()
+            self._orders_changed.set()
             status = f"STATUS={self._state.services} services, generation {self._state.generation}"
             notify(status) if ready else notify("READY=1", status)
             ready = True
@@ -194,6 +211,15 @@ class _Agent:
         self._sources.everywhere = True
         self._wake.set()
 
+    def _known_state(self) -> AgentState:
+        self._state.termination = self._terminator.state()
+        return self._state
+
+    def _approve(self, changes: Sequence[int] | None) -> Sequence[HeldChange]:
+        approved = self._terminator.approve(changes)
+        self._orders_changed.set()
+        return approved
+
     def _on_stop(self) -> None:
         self._stopping = True
         self._wake.set()
@@ -202,7 +228,8 @@ class _Agent:
     async def _servers(self, listen: tuple[str, int] | None) -> AsyncIterator[None]:
         from sockhop.agent.api import api_application, serve_api  # noqa: PLC0415 (slow to import)
 
-        runners = [await serve_api(api_application(self._state), self._options.api)]
+        application = api_application(self._known_state, self._approve)
+        runners = [await serve_api(application, self._options.api)]
         try:
             if listen:
                 from sockhop.agent.metrics import (  # noqa: PLC0415
@@ -212,7 +239,11 @@ class _Agent:
                 )
 
                 collector = AgentCollector(
-                    self._balancer.maps, self._balancer.policies, self._installer, self._state
+                    self._balancer.maps,
+                    self._balancer.policies,
+                    self._installer,
+                    self._known_state,
+                    self._terminator,
                 )
                 application = metrics_application(collector, self._state)
                 runners.append(await serve_metrics(application, *listen))
@@ -227,6 +258,7 @@ class _Agent:
         tasks = [
             asyncio.create_task(self._log_rejections()),
             asyncio.create_task(self._settle()),
+            asyncio.create_task(self._terminate()),
         ]
         if self._sources.coexistence:
             tasks.append(asyncio.create_task(self._follow_cilium(self._sources.coexistence)))
@@ -254,6 +286,15 @@ class _Agent:
                 self._installer.forget_dead_counts()
                 if self.sync.places.outdated():
                     self._wake.set()
+
+    async def _terminate(self) -> None:
+        """Carry out orders when they are due, and at once when there are new ones."""
+        while True:
+            wait = max(self._terminator.run() - now(), 0)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(None if math.isinf(wait) else wait):
+                    await self._orders_changed.wait()
+            self._orders_changed.clear()
 
     async def _follow_cilium(self, coexistence: Coexistence) -> None:
         while True:

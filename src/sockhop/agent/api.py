@@ -3,28 +3,47 @@
 import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import msgspec
 from aiohttp import web
 
-from sockhop.agent.state import AgentState
+from sockhop.agent.state import AgentState, HeldChange
 from sockhop.errors import SystemLackError
 
-__all__ = ["api_application", "serve_api"]
+__all__ = ["Approval", "api_application", "serve_api"]
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Approve = Callable[[Sequence[int] | None], Sequence[HeldChange]]
 
 
-def api_application(state: AgentState) -> web.Application:
-    """Return the application: GET /v1/status gives *state* as JSON."""
+class Approval(msgspec.Struct):
+    """The body of POST /v1/approve: which changes; None for all that are held."""
 
-    async def status(_: web.Request) -> web.Response:
-        return web.json_response(body=msgspec.json.encode(state))
+    changes: list[int] | None = None
+
+
+def api_application(state: Callable[[], AgentState], approve: Approve) -> web.Application:
+    """Return the application.
+
+    GET /v1/status gives *state* as JSON; POST /v1/approve takes an :class:`Approval` to *approve*
+    and gives what it let go, a list of :class:`sockhop.agent.state.HeldChange`.
+    """
+
+    async def get_status(_: web.Request) -> web.Response:
+        return web.json_response(body=msgspec.json.encode(state()))
+
+    async def post_approve(request: web.Request) -> web.Response:
+        try:
+            approval = msgspec.json.decode(await request.read(), type=Approval)
+        except msgspec.DecodeError as error:
+            return web.json_response({"error": str(error)}, status=400)
+        return web.json_response(body=msgspec.json.encode(approve(approval.changes)))
 
     application = web.Application(middlewares=[_root_only])
-    application.router.add_get("/v1/status", status)
+    application.router.add_get("/v1/status", get_status)
+    application.router.add_post("/v1/approve", post_approve)
     return application
 
 

@@ -2,19 +2,19 @@
 
 import socket
 import struct
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from sockhop.agent.state import AgentState
+from sockhop.agent.state import AgentState, HeldChange
 from sockhop.errors import SystemLackError
 
-__all__ = ["RunningAgent", "ask_agent"]
+__all__ = ["RunningAgent", "approve_changes", "ask_agent"]
 
 _SECONDS = 5
-# HTTP/1.0: the answer ends with the connection. http.client takes 25 ms to import.
-_REQUEST = b"GET /v1/status HTTP/1.0\r\nHost: sockhop\r\n\r\n"
+T = TypeVar("T")
 
 
 class RunningAgent(NamedTuple):
@@ -26,26 +26,41 @@ class RunningAgent(NamedTuple):
 
 def ask_agent(api: Path) -> RunningAgent | None:
     """Ask the agent that listens on the Unix socket *api*; None where nobody does."""
+    answer = _ask(api, "GET /v1/status", b"", AgentState)
+    return RunningAgent(*answer) if answer else None
+
+
+def approve_changes(api: Path, changes: Sequence[int] | None) -> list[HeldChange] | None:
+    """Have the agent let go what is held, all or *changes*; None where no agent listens."""
+    body = msgspec.json.encode({"changes": changes})
+    answer = _ask(api, "POST /v1/approve", body, list[HeldChange])
+    return answer[0] if answer else None
+
+
+def _ask(api: Path, request: str, body: bytes, kind: type[T]) -> tuple[T, int] | None:
+    """Return the answer as *kind*, and the agent's pid; None where no agent listens."""
     try:
-        pid, answer = _exchange(api)
+        pid, answer = _exchange(api, request, body)
     except (FileNotFoundError, ConnectionRefusedError):
         return None
     except OSError as error:
         raise SystemLackError(
             f"{api}: {error.strerror or error}", hint="run as root, or name the socket with --api"
         ) from None
-    head, _, body = answer.partition(b"\r\n\r\n")
+    head, _, content = answer.partition(b"\r\n\r\n")
     if b" 200 " not in head.partition(b"\r\n")[0]:
-        raise SystemLackError(f"{api}: {body.decode(errors='replace')}", hint="run as root")
-    return RunningAgent(msgspec.json.decode(body, type=AgentState), pid)
+        raise SystemLackError(f"{api}: {content.decode(errors='replace')}", hint="run as root")
+    return msgspec.json.decode(content, type=kind), pid
 
 
-def _exchange(api: Path) -> tuple[int, bytes]:
+def _exchange(api: Path, request: str, body: bytes) -> tuple[int, bytes]:
+    # HTTP/1.0: the answer ends with the connection. http.client takes 25 ms to import.
+    head = f"{request} HTTP/1.0\r\nHost: sockhop\r\nContent-Length: {len(body)}\r\n\r\n"
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(_SECONDS)
         connection.connect(str(api))
         peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("=iII"))
-        connection.sendall(_REQUEST)
+        connection.sendall(head.encode() + body)
         answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
     pid, _, _ = struct.unpack("=iII", peer)
     return pid, answer

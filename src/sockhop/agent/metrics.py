@@ -2,7 +2,7 @@
 
 import socket
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
@@ -12,8 +12,9 @@ from prometheus_client.registry import Collector
 from sockhop.agent.installed import map_usage
 from sockhop.agent.installer import Installer
 from sockhop.agent.policy_installer import read_policies
-from sockhop.agent.state import AgentState
+from sockhop.agent.state import AgentState, Termination
 from sockhop.agent.target import split_service_port
+from sockhop.agent.terminate import Terminator
 from sockhop.datapath.balancer import BalanceMaps
 from sockhop.datapath.policies import PolicyMaps, PolicySetting
 from sockhop.datapath.records import Setting, Total
@@ -29,12 +30,18 @@ class AgentCollector(Collector):
     """Reads the maps and the agent's state anew at each scrape."""
 
     def __init__(
-        self, maps: BalanceMaps, policies: PolicyMaps, installer: Installer, state: AgentState
+        self,
+        maps: BalanceMaps,
+        policies: PolicyMaps,
+        installer: Installer,
+        state: Callable[[], AgentState],
+        terminator: Terminator,
     ) -> None:
         self._maps = maps
         self._policies = policies
         self._installer = installer
         self._state = state
+        self._terminator = terminator
 
     def collect(self) -> Iterator[Metric]:
         """Yield all metrics of the agent."""
@@ -42,7 +49,9 @@ class AgentCollector(Collector):
         yield from self._denials()
         yield from self._maps_used()
         yield from self._datapath()
-        yield from self._sources()
+        state = self._state()
+        yield from self._termination(state.termination)
+        yield from self._sources(state)
 
     def _connects(self) -> Iterator[Metric]:
         counters = dict(self._maps.counters.items())
@@ -99,8 +108,28 @@ class AgentCollector(Collector):
             family.add_metric([Total(number).name.lower()], value)
         yield family
 
-    def _sources(self) -> Iterator[Metric]:
-        state = self._state
+    def _termination(self, state: Termination) -> Iterator[Metric]:
+        family = CounterMetricFamily(
+            "sockhop_terminations",
+            "What was done to live sockets, and what triggered it.",
+            labels=["action", "trigger", "protocol"],
+        )
+        for labels, count in sorted(self._terminator.totals.items()):
+            family.add_metric(labels, count)
+        yield family
+        for name, text, value in (
+            ("held_changes", "Changes that wait for sockhop approve.", len(state.held)),
+            (
+                "held_sockets",
+                "Live sockets of changes that wait for sockhop approve.",
+                sum(change.sockets for change in state.held),
+            ),
+            ("draining_sockets", "Live sockets that may end when they are idle.", state.draining),
+            ("parked_sockets", "UDP sockets that wait for a backend.", state.parked),
+        ):
+            yield GaugeMetricFamily(f"sockhop_{name}", text, value=float(value))
+
+    def _sources(self, state: AgentState) -> Iterator[Metric]:
         for name, text, value in (
             (
                 "source_error",

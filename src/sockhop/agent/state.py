@@ -4,7 +4,7 @@ import time
 
 import msgspec
 
-__all__ = ["AgentState", "PolicyState", "SourceState"]
+__all__ = ["AgentState", "HeldChange", "PolicyState", "SourceState", "Termination"]
 
 
 class SourceState(msgspec.Struct):
@@ -37,6 +37,31 @@ class PolicyState(msgspec.Struct):
     missing: list[str]
 
 
+class HeldChange(msgspec.Struct):
+    """A change that ends and moves no socket before somebody approves of it.
+
+    `sockets`: how many live ones it concerns, never too few; `what`: what befell which backends.
+    """
+
+    change: int
+    reason: str
+    sockets: int
+    what: list[str]
+
+
+class Termination(msgspec.Struct):
+    """What is done to live sockets. `draining` and `parked` count them, never too few.
+
+    `done`: since the agent started, by what was done.
+    """
+
+    engine: str = ""
+    held: list[HeldChange] = []
+    draining: int = 0
+    parked: int = 0
+    done: dict[str, int] = {}
+
+
 class AgentState(msgspec.Struct):
     """A running agent."""
 
@@ -54,6 +79,7 @@ class AgentState(msgspec.Struct):
     sync_seconds: float = 0.0
     sync_error: str = ""
     policies: list[PolicyState] = []
+    termination: Termination = msgspec.field(default_factory=Termination)
 
     @property
     def healthy(self) -> bool:

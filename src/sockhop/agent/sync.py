@@ -13,6 +13,7 @@ from sockhop.agent.plan import Plan, make_plan
 from sockhop.agent.policies import PolicyKeeper, enforceable, policy_states
 from sockhop.agent.state import AgentState
 from sockhop.agent.target import Target, expand
+from sockhop.agent.terminate import Terminator
 from sockhop.errors import InputError, SockhopError
 from sockhop.model import Desired, Service
 from sockhop.sources.files import Loaded
@@ -51,13 +52,18 @@ class Synchronizer:
         policies: PolicyKeeper,
         state: AgentState,
         home: int,
+        terminator: Terminator | None = None,
     ) -> None:
-        """*load* reads the sources; *home* is the netns cookie in which loopback holds."""
+        """*load* reads the sources; *home* is the netns cookie in which loopback holds.
+
+        *terminator* is told of each change; without it live sockets stay as they are.
+        """
         self._load = load
         self._installer = installer
         self._policies = policies
         self._state = state
         self._home = home
+        self._terminator = terminator
         self._applied: _Applied | None = None
         self.places = PlaceFinder()
 
@@ -77,6 +83,8 @@ class Synchronizer:
         except SockhopError as error:
             _LOG.error("not applied: %s", error)
             self._installer.read()  # what was written before it failed is there
+            if self._terminator:
+                self._terminator.begin(applied=False)
             self._state.sync_error = str(error)
             return False
         self._state.sync_seconds = time.monotonic() - begin
@@ -103,7 +111,11 @@ class Synchronizer:
         applied, self._applied = self._applied, None
         plan = self._plan(applied, wanted)
         lines = list(map(str, islice(plan.changes(installer.installed), _LINES)))
+        if self._terminator:
+            self._terminator.prepare(plan, wanted.services)
         state.generation = installer.apply(plan)
+        if self._terminator:
+            self._terminator.begin()
         for line in lines:
             _LOG.info("%s", line)
         if more := plan.frontends - len(lines):

@@ -61,9 +61,22 @@ def _parse_sizes(
     is_flag=True,
     help="Start even if another tool's connect or sendmsg programs are on the cgroup or below.",
 )
+@click.option(
+    "--brake",
+    type=click.Choice(["on", "off"]),
+    default="on",
+    show_default=True,
+    help="Whether changes that take most backends end sockets only after `sockhop approve`.",
+)
+@click.option(
+    "--approve-above",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="So do those that may end more than N sockets.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Log more.")
 @global_options
-def command(verbose: bool, **options: Any) -> None:
+def command(verbose: bool, brake: str, approve_above: int | None, **options: Any) -> None:
     """Follow service manifests and balance what they say, until SIGTERM.
 
     The kernel goes on balancing when the agent stops; `sockhop detach` ends it. SIGHUP reads
@@ -74,7 +87,13 @@ def command(verbose: bool, **options: Any) -> None:
     know the frontends: the program that runs first decides, and `sockhop status` says which.
     """
     from sockhop.agent.agent import AgentOptions, run_agent  # noqa: PLC0415 (slow to import)
+    from sockhop.agent.brake import Limits  # noqa: PLC0415
     from sockhop.agent.log import set_up_log  # noqa: PLC0415
 
     set_up_log(verbose=verbose)
-    run_agent(AgentOptions(cgroup=cgroup_path(), pins=bpffs_path(), api=api_path(), **options))
+    limits = Limits(brake=brake == "on", approve_above=approve_above)
+    run_agent(
+        AgentOptions(
+            cgroup=cgroup_path(), pins=bpffs_path(), api=api_path(), limits=limits, **options
+        )
+    )

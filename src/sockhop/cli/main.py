@@ -15,6 +15,7 @@ __all__ = ["cli", "main"]
 # One module per command, imported only when it is asked for: --help and completion stay quick.
 _COMMANDS = {
     "agent": "Follow service manifests and balance what they say.",
+    "approve": "Let changes that are held end and move live sockets.",
     "bench": "Measure sockhop beside its peers.",
     "bypass": "Let every connect pass untouched, at once (emergency switch).",
     "completion": "Print the shell completion script.",

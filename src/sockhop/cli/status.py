@@ -7,6 +7,7 @@ import click
 import msgspec
 
 from sockhop.agent.state import AgentState
+from sockhop.cli.approve import held_text
 from sockhop.cli.options import api_path, bpffs_path, cgroup_path, global_options, output_option
 from sockhop.cli.output import age, counted, print_value, table
 
@@ -175,6 +176,15 @@ def _agent_lines(agent: AgentState | None) -> list[tuple[str, str]]:
         ),
         ("last sync", f"{age(now - agent.synced_at)} ago, took {agent.sync_seconds * 1e3:.0f} ms"),
     ]
+    found = agent.termination
+    lines += [("HELD (sockhop approve)", held_text(change)) for change in found.held]
+    if found.draining:
+        lines.append(("draining", counted(found.draining, "socket")))
+    if found.parked:
+        lines.append(("parked", f"{counted(found.parked, 'UDP socket')}: no backend is active"))
+    if found.done:
+        done = ", ".join(f"{action} {n:,}" for action, n in sorted(found.done.items()))
+        lines.append(("sockets", f"{done}, with {found.engine}"))
     if agent.source.error:
         lines.append(("SOURCE ERROR", f"last good state in force: {agent.source.error}"))
     if agent.sync_error:

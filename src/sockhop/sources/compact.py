@@ -62,7 +62,7 @@ _PROTOCOLS = {
 }
 _ENDPOINT = '"address:port" with a port from 1 to 65535'
 _FRONTEND = f"{_ENDPOINT}, then nothing or one of /tcp, /udp, /tcp+udp"
-_UNAPPLIED = ("intent", "splice", "health")
+_UNAPPLIED = ("splice", "health")
 
 UrlPath = Annotated[
     str, Meta(pattern=r"^/[!-~]*\Z", description='an HTTP path such as "/health", without blanks')
