@@ -113,9 +113,10 @@ def test_get_sockets(node: Node, elsewhere: tuple[int, str, str]) -> None:
         connected(WEB, 80, socket.SOCK_STREAM) as tcp,
         connected(f"::ffff:{WEB}", 80, socket.SOCK_STREAM) as mapped,
         connected(WEB6, 53, socket.SOCK_DGRAM) as udp6,
-        socket.create_connection(("127.0.0.1", 7001)),  # not balanced, not listed
+        socket.create_connection(("127.0.0.1", 7001)) as direct,
     ):
         rows = {row["local"]: row for row in sockhop(node, "get", "sockets")}
+        assert rows.pop(text_of(direct.getsockname()))["unmanaged"]
         assert len(rows) == 5
         own = f"{Path('/proc/self/comm').read_text().strip()}/{os.getpid()}"
         other = f"{Path(f'/proc/{pid}/comm').read_text().strip()}/{pid}"
@@ -131,6 +132,7 @@ def test_get_sockets(node: Node, elsewhere: tuple[int, str, str]) -> None:
             fields = ("protocol", "frontend", "backend", "service")
             assert (*(row[field] for field in fields), *row["processes"]) == expected
             assert (row["state"], row["netns"]) == ("ESTAB", netns)
+            assert (row["remote"], row["unmanaged"]) == (row["backend"], False)
             assert 0 <= row["age"] < time.monotonic() - begin + 30
         for client in (tcp, mapped, udp6):
             assert rows[text_of(client.getsockname())]["cookie"] == cookie_of(client)
@@ -138,10 +140,12 @@ def test_get_sockets(node: Node, elsewhere: tuple[int, str, str]) -> None:
         shown = {
             row["LOCAL"]: row for row in rows_of(node.sandbox.sockhop("get", "sockets").stdout)
         }
+        assert shown.pop(text_of(direct.getsockname()))["SERVICE"] == "unmanaged"
         assert shown.keys() == rows.keys()
         assert shown[udp_name] | {"AGE": ""} == {
-            "PROTOCOL": "UDP", "STATE": "ESTAB", "LOCAL": udp_name, "FRONTEND": f"{WEB}:53",
-            "BACKEND": DNS_BACKEND, "SERVICE": "dns", "AGE": "", "PROCESS": other,
+            "PROTOCOL": "UDP", "STATE": "ESTAB", "LOCAL": udp_name, "REMOTE": DNS_BACKEND,
+            "FRONTEND": f"{WEB}:53", "SERVICE": "dns", "AGE": "", "SENT": "0", "RECEIVED": "0",
+            "NETNS": node.sandbox.name, "PROCESS": other,
         }  # fmt: skip
         assert re.fullmatch(r"\d+s", shown[udp_name]["AGE"])
 

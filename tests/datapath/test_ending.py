@@ -87,7 +87,8 @@ def test_what_is_never_ended_even_by_name(node: Node, engine: Engine) -> None:
         kinds.check(ended=False)
         assert {each.action for each in outcomes} == {Action.LEFT}
         assert {each.reason for each in outcomes} == {
-            "TCP in LISTEN", "UDP that is not connected", "no process holds it"
+            "TCP in LISTEN",
+            "TCP in TIME-WAIT", "UDP that is not connected", "no process holds it"
         }  # fmt: skip
 
 

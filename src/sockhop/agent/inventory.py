@@ -1,28 +1,22 @@
 """What is installed and live, as rows for people and programs. Works without an agent."""
 
-import time
 from collections import defaultdict
-from pathlib import Path
 
 import msgspec
 
 from sockhop.agent.installed import read_installed, read_members, read_services
 from sockhop.agent.target import split_service_port
 from sockhop.datapath.balancer import BalanceMaps
-from sockhop.datapath.records import REASONS, FrontendFlag, FrontendKey, Provenance
-from sockhop.datapath.sockets import Socket, Sockets
+from sockhop.datapath.records import FrontendFlag, FrontendKey
 from sockhop.kernel.netns import current_cookie, inode
-from sockhop.kernel.procfs import Holder, find_holders
-from sockhop.model import Frontend, Protocol, endpoint, unpack_address
+from sockhop.model import Frontend, Protocol, unpack_address
 
 __all__ = [
     "NOWHERE_ELSE",
     "BackendRow",
     "ServiceRow",
-    "SocketRow",
     "list_backends",
     "list_services",
-    "list_sockets",
     "scope_of",
 ]
 
@@ -65,24 +59,6 @@ class BackendRow(msgspec.Struct):
     weight: int
     live: int
     id: int
-
-
-class SocketRow(msgspec.Struct):
-    """A balanced socket. `age` in seconds since the connect; `processes` as command/pid."""
-
-    protocol: str
-    state: str
-    local: str
-    frontend: str
-    backend: str
-    service: str
-    reason: str
-    age: float
-    processes: list[str]
-    cookie: int
-    netns: int
-    generation: int
-    backend_id: int
 
 
 def list_services(maps: BalanceMaps) -> list[ServiceRow]:
@@ -144,36 +120,3 @@ def list_backends(maps: BalanceMaps) -> list[BackendRow]:
         for member, old in read_members(maps, read_services(maps)).items()
     ]
     return sorted(rows, key=lambda row: (row.service, row.backend, row.protocol))
-
-
-def list_sockets(maps: BalanceMaps, pins: Path) -> list[SocketRow]:
-    """Return the balanced sockets of all network namespaces, the youngest last."""
-    with Sockets(pins) as programs:
-        sockets = programs.balanced()
-    names = read_services(maps)
-    owners = find_holders({found.inode for found in sockets} - {0})
-    rows = [_socket_row(found, found.origin, names, owners) for found in sockets if found.origin]
-    return sorted(rows, key=lambda row: -row.age)
-
-
-def _socket_row(
-    found: Socket,
-    origin: Provenance,
-    services: dict[int, str],
-    owners: dict[int, list[Holder]],
-) -> SocketRow:
-    return SocketRow(
-        protocol=_PROTOCOLS[origin.protocol],
-        state=found.state_name,
-        local=endpoint(unpack_address(found.local_address), found.local_port),
-        frontend=endpoint(unpack_address(origin.frontend_address), origin.frontend_port),
-        backend=endpoint(unpack_address(origin.backend_address), origin.backend_port),
-        service=split_service_port(services.get(origin.service, ""))[0],
-        reason=REASONS[origin.reason],
-        age=(time.clock_gettime_ns(time.CLOCK_BOOTTIME) - origin.since) / 1e9,
-        processes=sorted({str(owner) for owner in owners.get(found.inode, [])}),
-        cookie=found.cookie,
-        netns=found.netns,
-        generation=origin.generation,
-        backend_id=origin.backend,
-    )

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, TypeAlias
 import click
 
 from sockhop.cli.options import api_path, bpffs_path, global_options, output_option, parse_duration
-from sockhop.cli.output import Column, age, print_rows
+from sockhop.cli.output import Column, print_rows
+from sockhop.cli.socket_columns import SOCKET_COLUMNS
 
 if TYPE_CHECKING:
-    from sockhop.agent.inventory import BackendRow, ServiceRow, SocketRow
+    from sockhop.agent.inventory import BackendRow, ServiceRow
+    from sockhop.agent.live_sockets import SocketRow
     from sockhop.agent.policy_rows import PolicyRow
 
     Rows: TypeAlias = Sequence[ServiceRow | BackendRow | SocketRow | PolicyRow]
@@ -42,21 +44,7 @@ _COLUMNS = {
         Column("LIVE", "live"),
         Column("ID", "id", wide=True),
     ),
-    "sockets": (
-        Column("PROTOCOL", "protocol"),
-        Column("STATE", "state"),
-        Column("LOCAL", "local"),
-        Column("FRONTEND", "frontend"),
-        Column("BACKEND", "backend"),
-        Column("SERVICE", "service"),
-        Column("AGE", "age", text=age),
-        Column("PROCESS", "processes"),
-        Column("CHOSEN BY", "reason", wide=True),
-        Column("COOKIE", "cookie", wide=True),
-        Column("NETNS", "netns", wide=True),
-        Column("GENERATION", "generation", wide=True),
-        Column("BACKEND-ID", "backend_id", wide=True),
-    ),
+    "sockets": SOCKET_COLUMNS,
     "policies": (
         Column("POLICY", "policy"),
         Column("ACTION", "action"),
@@ -78,8 +66,9 @@ _IDENTITY = {
 """What makes a row the same one a moment later."""
 
 
-@click.command(epilog="Example: sockhop get sockets -o wide")
+@click.command(epilog="Example: sockhop get sockets state established and service = web")
 @click.argument("what", type=click.Choice(list(_COLUMNS)))
+@click.argument("filters", nargs=-1, metavar="[FILTER]")
 @output_option
 @click.option("-w", "--watch", is_flag=True, help="Go on showing what changes, until Ctrl-C.")
 @click.option(
@@ -94,30 +83,42 @@ _IDENTITY = {
     "--count", type=click.IntRange(1), metavar="N", help="End --watch after so many looks."
 )
 @global_options
-def command(what: str, output: str, watch: bool, interval: float, count: int | None) -> int:
-    """List services, backends, balanced sockets or policies, as the kernel has them now.
+def command(
+    what: str,
+    filters: tuple[str, ...],
+    output: str,
+    watch: bool,
+    interval: float,
+    count: int | None,
+) -> int:
+    """List services, backends, sockets or policies, as the kernel has them now.
 
     Works without a running agent. SCOPE says in which network namespaces a frontend holds.
+    Sockets are those that are balanced, and unmanaged ones that are connected to a frontend or a
+    backend; with a FILTER, in the language of ss and with tests of our own, all that it means.
     --watch keeps the table current on a terminal; elsewhere it appends a line for each row that
     comes, changes or goes, with -o json a JSON object.
     """
+    if filters and what != "sockets":
+        raise click.UsageError("a FILTER is for sockets")
     if watch:
         from sockhop.cli.get_watch import Watch  # noqa: PLC0415
 
-        view = Watch(lambda: _read(what, output), _COLUMNS[what], _IDENTITY[what], output)
+        view = Watch(lambda: _read(what, filters, output), _COLUMNS[what], _IDENTITY[what], output)
         return view.run(interval, count)
     if count is not None:
         raise click.UsageError("--count is for --watch")
-    print_rows(_read(what, output), _COLUMNS[what], output)
+    print_rows(_read(what, filters, output), _COLUMNS[what], output)
     return 0
 
 
-def _read(what: str, output: str) -> "Rows":
+def _read(what: str, filters: tuple[str, ...], output: str) -> "Rows":
+    if what == "sockets":
+        return _read_sockets(" ".join(filters))
     from sockhop.agent.inventory import (  # noqa: PLC0415 (slow to import)
         NOWHERE_ELSE,
         list_backends,
         list_services,
-        list_sockets,
     )
     from sockhop.datapath.balancer import BalanceMaps  # noqa: PLC0415
 
@@ -128,7 +129,18 @@ def _read(what: str, output: str) -> "Rows":
     with BalanceMaps(bpffs_path()) as maps:
         if what == "backends":
             return list_backends(maps)
-        if what == "sockets":
-            return list_sockets(maps, bpffs_path())
         rows = list_services(maps)
         return [row for row in rows if output != "table" or row.scope != NOWHERE_ELSE]
+
+
+def _read_sockets(text: str) -> "Rows":
+    from sockhop.agent.expression import parse_expression  # noqa: PLC0415
+    from sockhop.agent.live_sockets import (  # noqa: PLC0415
+        balanced_and_unmanaged,
+        chosen_sockets,
+        socket_rows,
+    )
+
+    if text:
+        return socket_rows(chosen_sockets(bpffs_path(), parse_expression(text)))
+    return socket_rows(balanced_and_unmanaged(bpffs_path()))

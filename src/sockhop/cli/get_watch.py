@@ -15,8 +15,8 @@ from sockhop.errors import SystemLackError
 __all__ = ["Watch"]
 
 Identity = tuple[Any, ...]
-_PASSING = "age"
-"""An attribute that differs at every look, which is no change."""
+_PASSING = {"age", "sent", "received", "waiting"}
+"""Attributes that may differ at every look, which is no change."""
 
 
 class _Ended(Exception):
@@ -137,7 +137,7 @@ def _events(before: dict[Identity, Any], now: dict[Identity, Any]) -> Iterator[_
 
 
 def _lasting(row: Any) -> dict[str, Any]:
-    return {key: value for key, value in msgspec.structs.asdict(row).items() if key != _PASSING}
+    return {key: value for key, value in msgspec.structs.asdict(row).items() if key not in _PASSING}
 
 
 def _end(number: int, _: object) -> None:

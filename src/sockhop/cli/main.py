@@ -24,9 +24,10 @@ _COMMANDS = {
     "events": "List which sockets were ended or moved, why, and by which change.",
     "explain": "Say how a socket came to its backend, or why it has none.",
     "features": "List what this kernel can do for sockhop.",
-    "get": "List services, backends or balanced sockets.",
+    "get": "List services, backends or sockets.",
     "plan": "Print what an agent would change.",
     "render": "Print the desired state that manifests describe.",
+    "sever": "End sockets by hand, in all network namespaces.",
     "status": "Say whether and how balancing works here.",
     "verify": "Compare what should be, what is installed and what sockets do.",
 }

@@ -56,6 +56,10 @@ class Listing:
                 found += list_here(protocols, **options)
         return self._with_origins(found)
 
+    def remembered(self) -> list[Socket]:
+        """Return the sockets with a provenance, also of namespaces that cannot be entered."""
+        return self._sockets.remembered() if self._sockets else []
+
     def _with_origins(self, found: list[Socket]) -> list[Socket]:
         # Looked up last, so that no socket which was balanced meanwhile is taken for unmanaged.
         if self._sockets is None:

@@ -86,14 +86,12 @@ class Socket(NamedTuple):
     @property
     def reason_to_leave(self) -> str:
         """Why a socket of this kind is never ended from outside; "" where it may be."""
-        if not self.is_open:
-            return "no process holds it"
         name = self.state_name
-        if self.protocol == socket.IPPROTO_TCP:
-            return "" if name in _ENDABLE_TCP else f"TCP in {name}"
+        if self.protocol == socket.IPPROTO_TCP and name not in _ENDABLE_TCP:
+            return f"TCP in {name}"
         if self.protocol == socket.IPPROTO_UDP and name != "ESTAB":
             return "UDP that is not connected"
-        return ""
+        return "" if self.is_open else "no process holds it"
 
     @property
     def state_name(self) -> str:

@@ -9,9 +9,10 @@ from sockhop.errors import InputError, SockhopError
 from sockhop.kernel import netns
 from sockhop.kernel.mounts import mounts
 
-__all__ = ["Namespace", "NamespaceGone", "Namespaces", "entered"]
+__all__ = ["Namespace", "NamespaceGone", "Namespaces", "entered", "mounted_names"]
 
 _PROC = Path("/proc")
+_NAMED = Path("/run/netns")
 
 
 class Namespace(NamedTuple):
@@ -88,6 +89,20 @@ class Namespaces:
             if inode not in self._known:
                 with netns.entered(path):
                     self._known[inode] = Namespace(inode, netns.current_cookie(), path)
+
+
+def mounted_names() -> dict[int, str]:
+    """Return the names by which people know mounted namespaces, by inode.
+
+    That of `ip netns`, else the path in the mount namespace where it is mounted.
+    """
+    found: dict[int, str] = {}
+    for path in _mounted():
+        with suppress(OSError):
+            point = Path("/", *path.parts[4:])  # behind /proc/PID/root
+            name = point.name if point.parent == _NAMED else str(point)
+            found.setdefault(netns.inode(path), name)
+    return found
 
 
 def _is_there(namespace: Namespace) -> bool:

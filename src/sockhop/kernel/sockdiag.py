@@ -181,13 +181,14 @@ def _answers(netlink: socket.socket) -> Iterator[bytes]:
         at = 0
         while at < len(data):
             size, kind, *_ = _HEADER.unpack_from(data, at)
-            if kind == _NLMSG_DONE:
-                return
-            if kind == _NLMSG_ERROR:
+            if kind in (_NLMSG_DONE, _NLMSG_ERROR):
+                # A dump that fails, as one of a protocol without diagnosis, may say so at its end.
                 (number,) = struct.unpack_from("=i", data, at + _HEADER.size)
-                hint = "load the kernel's modules tcp_diag, udp_diag and raw_diag"
-                hint = hint if -number == errno.ENOENT else ""
-                raise KernelError("listing sockets with sock_diag(7)", -number, hint=hint)
+                if number:
+                    hint = "load the kernel's modules tcp_diag, udp_diag and raw_diag"
+                    hint = hint if -number == errno.ENOENT else ""
+                    raise KernelError("listing sockets with sock_diag(7)", -number, hint=hint)
+                return
             yield data[at + _HEADER.size : at + size]
             at += size + -size % 4
 
