@@ -40,7 +40,8 @@ def namespace(name: str) -> Iterator[Path]:
         ip = ["ip", "-n", name]
         subprocess.run([*ip, "link", "set", "lo", "up"], check=True)
         for address in ADDRESSES:
-            subprocess.run([*ip, "addr", "add", address, "dev", "lo"], check=True)
+            at_once = ["nodad"] if ":" in address else []
+            subprocess.run([*ip, "addr", "add", address, "dev", "lo", *at_once], check=True)
         yield Path("/run/netns") / name
     finally:
         subprocess.run(["ip", "netns", "del", name], check=False)
