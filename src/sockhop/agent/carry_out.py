@@ -22,7 +22,7 @@ from sockhop.datapath.sockets import Pair, Socket, Sockets
 from sockhop.errors import SockhopError
 from sockhop.model import BackendState, IntentKind, Protocol, Trigger
 
-__all__ = ["Carrier", "Reach"]
+__all__ = ["SLOW", "Carrier", "Reach"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ _DELAYS = (0.1, 1.1, 5.0)
 """Seconds until an order that was carried out is looked at again: a connect that was under way
 when its backend left is through a moment later, and lists miss sockets under churn."""
 
-_SLOW = 30.0
+SLOW = 30.0
 """Seconds between further looks, and after a failure of the kernel."""
 
 _PROTOCOLS = {protocol.number: protocol for protocol in Protocol}
@@ -71,7 +71,7 @@ class _Work:
 
     def again(self, at: float) -> None:
         """Set `next` after everything was done that could be."""
-        self.next = at + (_DELAYS[self.tries] if self.tries < len(_DELAYS) else _SLOW)
+        self.next = at + (_DELAYS[self.tries] if self.tries < len(_DELAYS) else SLOW)
         self.tries += 1
 
 
@@ -143,7 +143,7 @@ class Carrier:
         except SockhopError as error:
             _LOG.error("live sockets are as they were, another try follows: %s", error)
             for order in due:
-                self._work[order.pair].next = at + _SLOW
+                self._work[order.pair].next = at + SLOW
         self._orders.save()
         return min((self._work[order.pair].next for order in self._due_ever()), default=math.inf)
 

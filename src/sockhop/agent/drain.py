@@ -9,8 +9,9 @@ from sockhop.model import Intent
 
 __all__ = ["Drain", "Verdict"]
 
-WINDOW = 4.0
-"""Seconds for an answer to keepalive probes, or as many as the drain takes, if that is less."""
+_WINDOW_LEAST, _WINDOW_MOST = 2.0, 4.0
+"""Seconds for an answer to keepalive probes: as many as the drain takes, within these. A socket can
+be probed when it has been idle for a second (datapath/progress.py)."""
 
 ROUNDS = 3
 """Probes in that time: one may be lost."""
@@ -38,7 +39,7 @@ class Drain:
     def __init__(self, intent: Intent, since: float, at: float) -> None:
         """*since*: when the drain began; *at*: now, later if the agent was started in between."""
         self._again = min(max(intent.after, _AGAIN_LEAST), _AGAIN_MOST)
-        self._window = min(WINDOW, intent.after)
+        self._window = min(max(intent.after, _WINDOW_LEAST), _WINDOW_MOST)
         self._judge_at = max(since + intent.after, at + self._window)
         self._patience = 0.9 * intent.after  # looks come a little late
         self._probing_since: float | None = None

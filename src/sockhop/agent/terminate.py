@@ -16,6 +16,7 @@ from typing import NamedTuple
 from sockhop.agent.brake import Limits, may_end
 from sockhop.agent.carry_out import Carrier, Reach
 from sockhop.agent.concerns import STATE_TRIGGERS, Concern, concerns, describe, live_sockets
+from sockhop.agent.denials import Denials
 from sockhop.agent.events import Event, EventKind, EventLog, events_path
 from sockhop.agent.installed import read_services
 from sockhop.agent.installer import Installer
@@ -56,14 +57,15 @@ class Terminator:
         recorder: Recorder,
         *,
         limits: Limits,
-        carrier: Carrier,
+        reach: Reach,
     ) -> None:
         self._maps = maps
         self._installer = installer
         self._orders = orders
         self._recorder = recorder
         self._limits = limits
-        self._carrier = carrier
+        self._carrier = Carrier(reach, installer, orders, recorder)
+        self._denials = Denials(reach, recorder, limits, lambda: read_services(maps), self._rules)
         self._services: Mapping[str, Service] = {}
         self._prepared: _Prepared | None = None
 
@@ -109,7 +111,17 @@ class Terminator:
 
     def run(self) -> float:
         """Carry out what is due; return when to come again, in the time of now()."""
-        return self._carrier.run()
+        return min(self._denials.run(), self._carrier.run())
+
+    def deny(self, found: Iterable[tuple[Socket, str]], change: int) -> None:
+        """Take the sockets that policies forbid now, all of them, each with the policy's name.
+
+        The next :meth:`run` does with them what their services want.
+        """
+        self._denials.update(found, change)
+        for held in self._denials.held():
+            if held.change == change:
+                _LOG.warning("policies end no socket before `sockhop approve`: %s", held.reason)
 
     def approve(self, changes: Iterable[int] | None = None) -> list[HeldChange]:
         """Let go what is held, all or these changes; their times begin now. Return what it was."""
@@ -120,6 +132,7 @@ class Terminator:
         for order in self._orders:
             if order.standing is Standing.HELD and order.change in numbers:
                 order.standing, order.held, order.since = Standing.DUE, "", at
+        self._denials.approve(numbers)
         self._orders.save()
         stamp = time.time()
         self._recorder.append(
@@ -142,7 +155,7 @@ class Terminator:
             if order.standing is Standing.HELD:
                 by_change[order.change].append(order)
         sockets = self._live() if by_change else {}
-        return [
+        return self._denials.held() + [
             HeldChange(
                 change,
                 orders[0].held,
@@ -239,8 +252,8 @@ def opened_terminator(
         def move(some: Sequence[Socket]) -> Sequence[Outcome]:
             return resteerer.resteer(some, engine.sever_sockets)
 
-        carrier = Carrier(Reach(maps, sockets, engine, move), installer, orders, recorder)
-        yield Terminator(maps, installer, orders, recorder, limits=limits, carrier=carrier)
+        reach = Reach(maps, sockets, engine, move)
+        yield Terminator(maps, installer, orders, recorder, limits=limits, reach=reach)
 
 
 def _order(each: Concern, change: int, at: float, held: str) -> Order:

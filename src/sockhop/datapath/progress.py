@@ -1,6 +1,7 @@
 """Whether TCP connections still make progress: what their peers have sent, asked for if need be."""
 
 import socket
+import struct
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,11 +20,14 @@ _FIRES = 0.02
 """Seconds in which a timer that is due at once has fired, also on a busy kernel (a jiffy is at most
 10 ms)."""
 
+_IDLE = 1
+"""The least TCP_KEEPIDLE, in seconds."""
+
 _OPTIONS = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 127),
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1),  # last: it starts the timer
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _IDLE),  # last: it starts the timer
 )
 
 
@@ -33,12 +37,13 @@ def progress_of(found: Socket) -> Progress:
 
 
 def probe_peers(sockets: Iterable[Socket]) -> set[int]:
-    """Send a keepalive probe from each socket; return the cookies of those that could be reached.
+    """Send a keepalive probe from each socket; return the cookies of those that sent one.
 
     A peer that lives answers it with a segment (RFC 9293, 3.8.4). The kernel sends one when a
     socket that has been idle for a second gets SO_KEEPALIVE and TCP_KEEPIDLE of a second
     (net/ipv4/tcp.c, tcp_sock_set_keepidle_locked); the options are as before 20 ms later. A socket
-    that no process holds, or whose process may not be looked into, cannot be asked.
+    that no process holds, or whose process may not be looked into, cannot be asked, and one that
+    heard from its peer within the last second need not be.
     """
     wanted = {found.inode: found for found in sockets if found.inode}
     holders = find_holders(wanted)
@@ -50,11 +55,19 @@ def probe_peers(sockets: Iterable[Socket]) -> set[int]:
                 for holder in holders[inode]:
                     with suppress(KernelError, OSError):
                         own = stack.enter_context(borrowed(holder))
-                        stack.enter_context(_probing(own))
-                        reached.add(wanted[inode].cookie)
+                        if _idle(own) > 1000 * _IDLE:
+                            stack.enter_context(_probing(own))
+                            reached.add(wanted[inode].cookie)
                         break
             time.sleep(_FIRES)
     return reached
+
+
+def _idle(own: socket.socket) -> int:
+    """Return the milliseconds since anything came from the peer (struct tcp_info)."""
+    info = own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
+    data, ack = struct.unpack_from("=II", info, 52)  # tcpi_last_data_recv, tcpi_last_ack_recv
+    return int(min(data, ack))
 
 
 @contextmanager

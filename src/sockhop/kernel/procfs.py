@@ -51,7 +51,8 @@ def find_holders(inodes: Iterable[int]) -> dict[int, list[Holder]]:
     wanted, found = set(inodes), defaultdict(list)
     for process in _processes() if wanted else ():
         try:
-            held = [(os.readlink(entry.path), entry.name) for entry in os.scandir(process / "fd")]
+            with os.scandir(process / "fd") as entries:
+                held = [(os.readlink(entry.path), entry.name) for entry in entries]
             command = (process / "comm").read_text().strip()
         except OSError:
             continue
