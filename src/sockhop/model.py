@@ -31,6 +31,7 @@ __all__ = [
     "Redirect",
     "Rule",
     "Service",
+    "Splice",
     "Trigger",
     "endpoint",
     "intent_for",
@@ -200,6 +201,14 @@ class Clients(msgspec.Struct, frozen=True):
         return ",".join((*spaces, *self.cgroups, *(f"!{path}" for path in self.exclude)))
 
 
+class Splice(StrEnum):
+    """Whether connections of a service skip the TCP stack where both ends are on this node."""
+
+    OFF = "off"
+    ON = "on"
+    AUTO = "auto"
+
+
 class Service(msgspec.Struct, frozen=True):
     """A name, its frontends and how a backend is chosen for a client.
 
@@ -208,6 +217,7 @@ class Service(msgspec.Struct, frozen=True):
     `reserve`: whether sockets are kept from binding to the frontends.
     `clients`: None is the same as a :class:`Clients` that says nothing.
     `intents`: what it says for :func:`intent_for`, each protocol and trigger at most once.
+    `splice`: None is off unless the client's namespace or cgroup is opted in; OFF is always off.
     """
 
     name: str
@@ -218,6 +228,7 @@ class Service(msgspec.Struct, frozen=True):
     reserve: bool = False
     clients: Clients | None = None
     intents: tuple[IntentRule, ...] = ()
+    splice: Splice | None = None
 
 
 class PolicyAction(StrEnum):

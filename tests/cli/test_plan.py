@@ -143,9 +143,9 @@ def test_bad_input(node: Sandbox) -> None:
 
 
 def test_what_is_ignored_is_said(node: Sandbox) -> None:
-    result = plan(node, compact(web=WEB | {"splice": "auto"}, local=LOCAL))
+    result = plan(node, compact(web=WEB | {"health": {"http": {"path": "/"}}}, local=LOCAL))
     assert result.returncode == 0
-    assert "splice" in result.stderr
+    assert "health" in result.stderr
 
 
 def test_against_nothing(sandbox: Sandbox) -> None:

@@ -44,8 +44,8 @@ def test_annotations_that_sockhop_does_not_know_are_said(tmp_path: Path) -> None
     assert found.algorithm is Algorithm.RANDOM
     assert warnings == [
         "Service test/echo: annotation 'sockhop.io/algoritm' is ignored: "
-        "sockhop knows sockhop.io/algorithm, sockhop.io/reserve, sockhop.io/intent-tcp "
-        "and sockhop.io/intent-udp"
+        "sockhop knows sockhop.io/algorithm, sockhop.io/reserve, sockhop.io/splice, "
+        "sockhop.io/intent-tcp and sockhop.io/intent-udp"
     ]
 
 

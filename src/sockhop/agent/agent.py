@@ -20,11 +20,13 @@ from sockhop.agent.notify import notify, watchdog_interval
 from sockhop.agent.orders import now
 from sockhop.agent.policies import PolicyKeeper
 from sockhop.agent.rejections import RejectionLog
+from sockhop.agent.splicing import SpliceOptions, Splicing
 from sockhop.agent.state import AgentState, HeldChange, SourceState
 from sockhop.agent.sync import Synchronizer
 from sockhop.agent.terminate import Terminator, opened_terminator
 from sockhop.datapath.balancer import Balancer, check_room, map_directory, remove_pins, survey
 from sockhop.datapath.sockets import Sockets
+from sockhop.datapath.splicer import end_splicing
 from sockhop.errors import InputError, SystemLackError
 from sockhop.kernel.bpffs import lock_directory
 from sockhop.kernel.cgroups import open_cgroup
@@ -39,6 +41,7 @@ _SETTLE = 0.01
 """Seconds from the first sign of a change to reading: an editor's write comes in parts."""
 _COUNTERS_EVERY = 5.0
 _CILIUM_EVERY = 2.0
+_SWEEP_EVERY = 1.0
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -56,6 +59,7 @@ class AgentOptions(msgspec.Struct, frozen=True):
     map_sizes: dict[str, int] = {}
     coexist: bool = False
     limits: Limits = Limits()
+    splice: SpliceOptions = SpliceOptions()
 
 
 def run_agent(options: AgentOptions) -> None:
@@ -94,6 +98,7 @@ def run_agent(options: AgentOptions) -> None:
             agent.sync.note_source(first)
             agent.sync.apply(first)
             balancer.attach(cgroup)
+            agent.splice(stack)
         except BaseException:
             if fresh:
                 remove_pins(options.pins, options.cgroup)
@@ -102,6 +107,7 @@ def run_agent(options: AgentOptions) -> None:
         for number in _STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # an impatient second one must not cut this short
         if options.detach_on_exit:
+            end_splicing(options.pins, options.cgroup)
             remove_pins(options.pins, options.cgroup)
 
 
@@ -160,6 +166,18 @@ class _Agent:
         self.sync = Synchronizer(
             sources.load, installer, policies, state, current_cookie(), terminator
         )
+
+    def splice(self, stack: ExitStack) -> None:
+        """From now on splice what the sources and the options opt in."""
+        self.splicing = Splicing(
+            self._options.pins,
+            self._options.cgroup,
+            self._state.splicing,
+            options=self._options.splice,
+            home=current_cookie(),
+        )
+        stack.callback(self.splicing.close)
+        self.sync.splicing = self.splicing
 
     async def follow(self, listen: tuple[str, int] | None) -> None:
         """Serve, and apply each change of the sources, until a signal says to stop."""
@@ -259,6 +277,7 @@ class _Agent:
             asyncio.create_task(self._log_rejections()),
             asyncio.create_task(self._settle()),
             asyncio.create_task(self._terminate()),
+            asyncio.create_task(self._sweep()),
         ]
         if self._sources.coexistence:
             tasks.append(asyncio.create_task(self._follow_cilium(self._sources.coexistence)))
@@ -295,6 +314,11 @@ class _Agent:
                 async with asyncio.timeout(None if math.isinf(wait) else wait):
                     await self._orders_changed.wait()
             self._orders_changed.clear()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP_EVERY)
+            self.splicing.tick()
 
     async def _follow_cilium(self, coexistence: Coexistence) -> None:
         while True:

@@ -3,6 +3,7 @@
 import socket
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
@@ -12,6 +13,7 @@ from prometheus_client.registry import Collector
 from sockhop.agent.installed import map_usage
 from sockhop.agent.installer import Installer
 from sockhop.agent.policy_installer import read_policies
+from sockhop.agent.splices import count_splices
 from sockhop.agent.state import AgentState, Termination
 from sockhop.agent.target import split_service_port
 from sockhop.agent.terminate import Terminator
@@ -51,6 +53,7 @@ class AgentCollector(Collector):
         yield from self._datapath()
         state = self._state()
         yield from self._termination(state.termination)
+        yield from self._splices(state)
         yield from self._sources(state)
 
     def _connects(self) -> Iterator[Metric]:
@@ -128,6 +131,34 @@ class AgentCollector(Collector):
             ("parked_sockets", "UDP sockets that wait for a backend.", state.parked),
         ):
             yield GaugeMetricFamily(f"sockhop_{name}", text, value=float(value))
+
+    def _splices(self, state: AgentState) -> Iterator[Metric]:
+        pairs = CounterMetricFamily(
+            "sockhop_splice_pairs", "Pairs of local sockets found.", labels=["service", "port"]
+        )
+        sent = CounterMetricFamily(
+            "sockhop_splice_bytes",
+            "What sockets of pairs have sent, spliced or by the stack.",
+            labels=["service", "port", "path"],
+        )
+        left = CounterMetricFamily(
+            "sockhop_splice_refusals",
+            "Directions that went to the stack, and sockets that were left alone.",
+            labels=["service", "port", "reason"],
+        )
+        for service, port, counters, reasons in count_splices(self._maps, Path(state.bpffs)):
+            pairs.add_metric([service, port], counters.pairs)
+            sent.add_metric([service, port, "spliced"], counters.spliced_bytes)
+            sent.add_metric([service, port, "stack"], counters.stack_bytes)
+            for reason, count in reasons.items():
+                if reason:
+                    left.add_metric([service, port, reason.text], count)
+        yield GaugeMetricFamily(
+            "sockhop_splicing",
+            "1 while new pairs are spliced.",
+            value=float(state.splicing.state == "on"),
+        )
+        yield from (pairs, sent, left)
 
     def _sources(self, state: AgentState) -> Iterator[Metric]:
         for name, text, value in (

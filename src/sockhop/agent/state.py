@@ -4,7 +4,14 @@ import time
 
 import msgspec
 
-__all__ = ["AgentState", "HeldChange", "PolicyState", "SourceState", "Termination"]
+__all__ = [
+    "AgentState",
+    "HeldChange",
+    "PolicyState",
+    "SourceState",
+    "SplicingState",
+    "Termination",
+]
 
 
 class SourceState(msgspec.Struct):
@@ -62,6 +69,20 @@ class Termination(msgspec.Struct):
     done: dict[str, int] = {}
 
 
+class SplicingState(msgspec.Struct):
+    """Whether anything is spliced. `state`: off, on, unavailable or faulty; `reason` says why.
+
+    `given_up`: services with `auto` whose answers were not quicker; `faults`: known ones of
+    kernels of this version.
+    """
+
+    state: str = "off"
+    reason: str = "nothing is opted in"
+    services: list[str] = []
+    given_up: list[str] = []
+    faults: list[str] = []
+
+
 class AgentState(msgspec.Struct):
     """A running agent."""
 
@@ -80,6 +101,7 @@ class AgentState(msgspec.Struct):
     sync_error: str = ""
     policies: list[PolicyState] = []
     termination: Termination = msgspec.field(default_factory=Termination)
+    splicing: SplicingState = msgspec.field(default_factory=SplicingState)
 
     @property
     def healthy(self) -> bool:

@@ -11,6 +11,7 @@ from sockhop.agent.installer import Installer
 from sockhop.agent.places import PlaceFinder
 from sockhop.agent.plan import Plan, make_plan
 from sockhop.agent.policies import PolicyKeeper, enforceable, policy_states
+from sockhop.agent.splicing import Splicing
 from sockhop.agent.state import AgentState
 from sockhop.agent.target import Target, expand
 from sockhop.agent.terminate import Terminator
@@ -66,6 +67,7 @@ class Synchronizer:
         self._terminator = terminator
         self._applied: _Applied | None = None
         self.places = PlaceFinder()
+        self.splicing: Splicing | None = None
 
     def run(self) -> bool:
         """Read the sources and apply them. On an error keep the last good state, and say so."""
@@ -127,6 +129,8 @@ class Synchronizer:
         state.policies = policy_states(desired, self.places)
         state.synced_at, state.sync_error = time.time(), ""
         self._applied = wanted
+        if self.splicing:
+            self.splicing.apply(desired, installer.installed.services)
         return plan
 
     def _plan(self, applied: "_Applied | None", wanted: "_Applied") -> Plan:

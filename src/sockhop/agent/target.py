@@ -18,7 +18,16 @@ from sockhop.model import (
     pack_address,
 )
 
-__all__ = ["Cgroups", "Entry", "Member", "Target", "expand", "serving", "split_service_port"]
+__all__ = [
+    "Cgroups",
+    "Entry",
+    "Member",
+    "Target",
+    "expand",
+    "service_port",
+    "serving",
+    "split_service_port",
+]
 
 
 _NOWHERE: Mapping[str, int] = MappingProxyType({})
@@ -103,7 +112,7 @@ def expand(desired: Desired, home: int, places: Mapping[str, int] = _NOWHERE) ->
     entries: dict[FrontendKey, Entry] = {}
     members: dict[Member, Backend] = {}
     for service, frontend in desired.frontends():
-        name = _service_port(service, frontend)
+        name = service_port(service, frontend)
         for backend in frontend.backends:
             members[Member(name, backend.address, backend.port, frontend.protocol)] = backend
         entries.update(_entries(service, frontend, namespaces))
@@ -116,7 +125,8 @@ def split_service_port(name: str) -> tuple[str, str]:
     return service, port_name
 
 
-def _service_port(service: Service, frontend: Frontend) -> str:
+def service_port(service: Service, frontend: Frontend) -> str:
+    """Return the name under which a frontend is installed."""
     return f"{service.name}:{frontend.port_name}" if frontend.port_name else service.name
 
 
@@ -133,7 +143,7 @@ def _entries(
 
     def entry(backends: Iterable[Backend], flags: FrontendFlag) -> Entry:
         return Entry(
-            _service_port(service, frontend),
+            service_port(service, frontend),
             cgroups,
             frontend.type,
             flags | always,

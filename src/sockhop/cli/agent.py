@@ -1,5 +1,6 @@
 """`sockhop agent`."""
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -31,6 +32,16 @@ def _parse_sizes(
             raise click.BadParameter(f"{value!r}: the size is a number from 1 to {_MOST_ENTRIES:,}")
         sizes[name] = int(number)
     return sizes
+
+
+def _check_addresses(
+    ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[str, ...]:
+    from sockhop.agent.splicing import parse_splice_address  # noqa: PLC0415 (slow to import)
+
+    for value in values:
+        parse_splice_address(value)
+    return values
 
 
 @click.command(epilog="Example: sockhop agent -f /etc/sockhop --metrics 127.0.0.1:9464")
@@ -74,9 +85,37 @@ def _parse_sizes(
     metavar="N",
     help="So do those that may end more than N sockets.",
 )
+@click.option(
+    "--splice-netns",
+    "splice_namespaces",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Splice connections between sockets of this network namespace and others opted in.",
+)
+@click.option(
+    "--splice-cgroup",
+    "splice_cgroups",
+    multiple=True,
+    metavar="PATH",
+    help="The same for sockets made in this cgroup or below; the path begins at the root.",
+)
+@click.option(
+    "--splice-address",
+    "splice_addresses",
+    multiple=True,
+    callback=_check_addresses,
+    metavar="ADDRESS[:PORT]",
+    help="Splice connections to servers at this address: who dials it is opted in, too.",
+)
+@click.option(
+    "--force-splice", is_flag=True, help="Splice even on a kernel that has a known serious fault."
+)
 @click.option("-v", "--verbose", is_flag=True, help="Log more.")
 @global_options
-def command(verbose: bool, brake: str, approve_above: int | None, **options: Any) -> None:
+def command(
+    verbose: bool, brake: str, approve_above: int | None, force_splice: bool, **options: Any
+) -> None:
     """Follow service manifests and balance what they say, until SIGTERM.
 
     The kernel goes on balancing when the agent stops; `sockhop detach` ends it. SIGHUP reads
@@ -89,11 +128,23 @@ def command(verbose: bool, brake: str, approve_above: int | None, **options: Any
     from sockhop.agent.agent import AgentOptions, run_agent  # noqa: PLC0415 (slow to import)
     from sockhop.agent.brake import Limits  # noqa: PLC0415
     from sockhop.agent.log import set_up_log  # noqa: PLC0415
+    from sockhop.agent.splicing import SpliceOptions  # noqa: PLC0415
 
     set_up_log(verbose=verbose)
     limits = Limits(brake=brake == "on", approve_above=approve_above)
+    splice = SpliceOptions(
+        namespaces=options.pop("splice_namespaces"),
+        cgroups=options.pop("splice_cgroups"),
+        addresses=options.pop("splice_addresses"),
+        force=force_splice,
+    )
     run_agent(
         AgentOptions(
-            cgroup=cgroup_path(), pins=bpffs_path(), api=api_path(), limits=limits, **options
+            cgroup=cgroup_path(),
+            pins=bpffs_path(),
+            api=api_path(),
+            limits=limits,
+            splice=splice,
+            **options,
         )
     )

@@ -20,6 +20,7 @@ def command() -> None:
     """
     from sockhop.datapath.balancer import NotInstalled, remove_pins  # noqa: PLC0415 (extension)
     from sockhop.datapath.sockets import Sockets  # noqa: PLC0415
+    from sockhop.datapath.splicer import end_splicing  # noqa: PLC0415
     from sockhop.kernel.bpffs import lock_directory, require_bpffs  # noqa: PLC0415
 
     pins = bpffs_path()
@@ -33,6 +34,11 @@ def command() -> None:
                 sockets = len(programs.balanced())
         except NotInstalled:
             sockets = 0
+        spliced = end_splicing(pins, cgroup_path())
         remove_pins(pins, cgroup_path())
     api_path().unlink(missing_ok=True)
     click.echo(f"detached; {sockets} live sockets lose their reverse translation")
+    if spliced:
+        click.echo(
+            f"{spliced} sockets with unread spliced bytes keep the splice program until they close"
+        )

@@ -1,4 +1,4 @@
-"""`sockhop get services|backends|sockets|policies`."""
+"""`sockhop get services|backends|sockets|splices|policies`."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, TypeAlias
 import click
 
 from sockhop.cli.options import api_path, bpffs_path, global_options, output_option, parse_duration
-from sockhop.cli.output import Column, print_rows
+from sockhop.cli.output import Column, age, print_rows
 from sockhop.cli.socket_columns import SOCKET_COLUMNS
 
 if TYPE_CHECKING:
     from sockhop.agent.inventory import BackendRow, ServiceRow
     from sockhop.agent.live_sockets import SocketRow
     from sockhop.agent.policy_rows import PolicyRow
+    from sockhop.agent.splices import SpliceRow
 
-    Rows: TypeAlias = Sequence[ServiceRow | BackendRow | SocketRow | PolicyRow]
+    Rows: TypeAlias = Sequence[ServiceRow | BackendRow | SocketRow | PolicyRow | SpliceRow]
 
 __all__ = ["command"]
 
@@ -56,11 +57,28 @@ _COLUMNS = {
         Column("LIMITS", "limits", wide=True),
         Column("ID", "id", wide=True),
     ),
+    "splices": (
+        Column("STATE", "state"),
+        Column("LOCAL", "local"),
+        Column("REMOTE", "remote"),
+        Column("SERVICE", "service"),
+        Column("DIRECTION", "direction"),
+        Column("WHY", "why"),
+        Column("SPLICED", "spliced"),
+        Column("STACK", "stack"),
+        Column("UNREAD", "unread", wide=True),
+        Column("AGE", "age", text=age),
+        Column("PROCESS", "processes"),
+        Column("COOKIE", "cookie", wide=True),
+        Column("PEER", "peer", wide=True),
+        Column("NETNS", "netns", wide=True),
+    ),
 }
 _IDENTITY = {
     "services": ("frontend", "netns_cookie"),
     "backends": ("id",),
     "sockets": ("cookie",),
+    "splices": ("cookie",),
     "policies": ("policy",),
 }
 """What makes a row the same one a moment later."""
@@ -120,6 +138,7 @@ def _read(what: str, filters: tuple[str, ...], output: str) -> "Rows":
         list_backends,
         list_services,
     )
+    from sockhop.agent.splices import list_splices  # noqa: PLC0415
     from sockhop.datapath.balancer import BalanceMaps  # noqa: PLC0415
 
     if what == "policies":
@@ -129,6 +148,8 @@ def _read(what: str, filters: tuple[str, ...], output: str) -> "Rows":
     with BalanceMaps(bpffs_path()) as maps:
         if what == "backends":
             return list_backends(maps)
+        if what == "splices":
+            return list_splices(maps, bpffs_path())
         rows = list_services(maps)
         return [row for row in rows if output != "table" or row.scope != NOWHERE_ELSE]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from sockhop.agent.state import AgentState
+from sockhop.agent.state import AgentState, SplicingState
 from sockhop.cli.approve import held_text
 from sockhop.cli.options import api_path, bpffs_path, cgroup_path, global_options, output_option
 from sockhop.cli.output import age, counted, print_value, table
@@ -189,4 +189,13 @@ def _agent_lines(agent: AgentState | None) -> list[tuple[str, str]]:
         lines.append(("SOURCE ERROR", f"last good state in force: {agent.source.error}"))
     if agent.sync_error:
         lines.append(("SYNC ERROR", agent.sync_error))
+    lines += _splice_lines(agent.splicing)
     return lines + [("warning", warning) for warning in agent.source.warnings]
+
+
+def _splice_lines(splicing: SplicingState) -> list[tuple[str, str]]:
+    what = ", ".join(splicing.services) or splicing.reason or "what the options name"
+    lines = [("splicing", f"{splicing.state}: {splicing.reason or what}")]
+    if splicing.given_up:
+        lines.append(("not spliced", f"{', '.join(splicing.given_up)}: it did not help"))
+    return lines + [("kernel fault", fault) for fault in splicing.faults]

@@ -1,6 +1,7 @@
 """The splice programs, their pinned maps and the sockets that are in the sockhash."""
 
 import os
+import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ __all__ = [
     "SplicedSocket",
     "Splicer",
     "Sweeper",
+    "end_splicing",
     "no_counters",
     "splice_program",
     "stop_splicing",
@@ -39,6 +41,8 @@ __all__ = [
 
 SPLICE_HOOKS = (AttachType.SOCK_OPS,)
 _SOCKHASH = "splice_sockets"
+_SETTLED = 1.1
+"""Seconds; SETTLED of sweep.bpf.c, and a little."""
 
 
 def no_counters() -> SpliceCounters:
@@ -240,3 +244,21 @@ def stop_splicing(pins: Path, cgroup: Path | None = None) -> None:
         maps.set(SpliceSetting.OFF, 1)
     owner = Owner(map_directory(pins))
     detach_hooks(SPLICE_HOOKS, link_directory(pins), owner, cgroup)
+
+
+def end_splicing(pins: Path, cgroup: Path | None = None) -> int:
+    """Stop splicing, and take out the sockets whose queues are empty.
+
+    Return how many have unread bytes: those keep the program until they are closed.
+    """
+    stop_splicing(pins, cgroup)
+    try:
+        with Sweeper(pins) as sweeper:
+            if not sweeper.sockets():
+                return 0
+            sweeper.sweep()
+            time.sleep(_SETTLED)
+            sweeper.sweep()
+            return len(sweeper.sockets())
+    except NotInstalled:
+        return 0

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from sockhop.model import Algorithm, IntentRule, Protocol
+from sockhop.model import Algorithm, IntentRule, Protocol, Splice
 from sockhop.sources.fields import FieldError, did_you_mean, path_text, shown
 from sockhop.sources.intents import read_intent_annotation
 
@@ -11,9 +11,11 @@ __all__ = ["Wishes", "read_annotations"]
 
 _PREFIX = "sockhop.io/"
 _ALGORITHM, _RESERVE = _PREFIX + "algorithm", _PREFIX + "reserve"
+_SPLICE = _PREFIX + "splice"
 _CHOICES: dict[str, dict[str, Any]] = {
     _ALGORITHM: {str(algorithm): algorithm for algorithm in Algorithm},
     _RESERVE: {"true": True, "false": False},
+    _SPLICE: {str(choice): choice for choice in Splice},
 }
 _INTENTS = {f"{_PREFIX}intent-{protocol.lower()}": protocol for protocol in Protocol}
 _KNOWN = (*_CHOICES, *_INTENTS)
@@ -24,6 +26,7 @@ class Wishes(NamedTuple):
 
     algorithm: Algorithm
     reserve: bool
+    splice: Splice | None
     intents: tuple[IntentRule, ...]
     remarks: tuple[str, ...]
 
@@ -33,7 +36,11 @@ def read_annotations(annotations: Mapping[str, Any]) -> Wishes:
 
     Raises FieldError, whose path starts at the object. A null is as good as no annotation.
     """
-    found: dict[str, Any] = {_ALGORITHM: Algorithm.RANDOM, _RESERVE: False}
+    found: dict[str, Any] = {
+        _ALGORITHM: Algorithm.RANDOM,
+        _RESERVE: False,
+        _SPLICE: None,
+    }
     intents: list[IntentRule] = []
     remarks = []
     for key, value in annotations.items():
@@ -56,7 +63,9 @@ def read_annotations(annotations: Mapping[str, Any]) -> Wishes:
                 quote=isinstance(value, bool),
             )
         found[key] = choices[value]
-    return Wishes(found[_ALGORITHM], found[_RESERVE], tuple(intents), tuple(remarks))
+    return Wishes(
+        found[_ALGORITHM], found[_RESERVE], found[_SPLICE], tuple(intents), tuple(remarks)
+    )
 
 
 def _intents(key: str, value: Any) -> tuple[IntentRule, ...]:

@@ -18,6 +18,7 @@ from sockhop.model import (
     Frontend,
     Protocol,
     Service,
+    Splice,
     endpoint,
 )
 from sockhop.sources.compact_fields import ClientsForm, Name, clients_of
@@ -62,7 +63,13 @@ _PROTOCOLS = {
 }
 _ENDPOINT = '"address:port" with a port from 1 to 65535'
 _FRONTEND = f"{_ENDPOINT}, then nothing or one of /tcp, /udp, /tcp+udp"
-_UNAPPLIED = ("splice", "health")
+_UNAPPLIED = ("health",)
+# Unquoted on and off are booleans to YAML 1.1.
+_SPLICE: dict[str | bool, Splice] = {
+    **{str(choice): choice for choice in Splice},
+    True: Splice.ON,
+    False: Splice.OFF,
+}
 
 UrlPath = Annotated[
     str, Meta(pattern=r"^/[!-~]*\Z", description='an HTTP path such as "/health", without blanks')
@@ -202,6 +209,7 @@ def read_services(
                 form.reserve,
                 clients_of(form.clients),
                 () if form.intent is UNSET else read_intents(form.intent),
+                None if form.splice is UNSET else _SPLICE[form.splice],
             )
         except FieldError as error:
             raise document.error(error.under(*path)) from None
@@ -311,7 +319,7 @@ def _ignored(form: ServiceForm, frontends: tuple[Frontend, ...]) -> Iterator[str
     for frontend in frontends:
         if form.backends and not frontend.backends:
             yield f"frontend {frontend} has no backend: IPv6 ones cannot serve an IPv4 frontend"
-    keys = [key for key in _UNAPPLIED if getattr(form, key) not in (UNSET, "off", False)]
+    keys = [key for key in _UNAPPLIED if getattr(form, key) is not UNSET]
     if keys:
         verb = "is" if len(keys) == 1 else "are"
         yield f"{', '.join(keys)} {verb} checked but not applied by this version"

@@ -106,6 +106,7 @@ class Joiner:
             _affinity(found.spec),
             reserve=found.wishes.reserve,
             intents=found.wishes.intents,
+            splice=found.wishes.splice,
         )
         if before and before.service == service:
             service = before.service
