@@ -20,7 +20,17 @@ import pytest
 
 from tests.sandbox import ServerThread, wait_until
 
-__all__ = ["Pair", "dnsmasqs", "echoes", "nginxes", "postgreses", "quics", "redises"]
+__all__ = [
+    "Pair",
+    "dnsmasqs",
+    "echoes",
+    "nginxes",
+    "own_directory",
+    "postgreses",
+    "quics",
+    "redises",
+    "running",
+]
 
 NAMES = ("one", "two")
 
@@ -49,7 +59,8 @@ class Pair:
 
 
 @contextlib.contextmanager
-def _directory(owner: str = "root") -> Iterator[Path]:
+def own_directory(owner: str = "root") -> Iterator[Path]:
+    """Make a directory that goes with the body."""
     path = Path(tempfile.mkdtemp(prefix="sockhop-test-server-"))
     try:
         shutil.chown(path, owner)
@@ -59,8 +70,8 @@ def _directory(owner: str = "root") -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _running(command: list[str], answers: Callable[[], bool]) -> Iterator[None]:
-    """Run *command* while the body does; the body begins when the server answers."""
+def running(command: list[str], answers: Callable[[], bool]) -> Iterator[int]:
+    """Run *command* while the body does, which begins when it answers; yield its process id."""
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
@@ -68,7 +79,7 @@ def _running(command: list[str], answers: Callable[[], bool]) -> Iterator[None]:
             if process.poll() is not None:
                 log.seek(0)
                 pytest.fail(f"{command}: exit {process.returncode}\n{log.read().decode()}")
-            yield
+            yield process.pid
         finally:
             process.terminate()
             try:
@@ -95,10 +106,10 @@ def nginxes(first_port: int) -> Iterator[Pair]:
     pair = Pair({name: first_port + i for i, name in enumerate(NAMES)})
     with contextlib.ExitStack() as stack:
         for name, port in pair.ports.items():
-            directory = stack.enter_context(_directory())
+            directory = stack.enter_context(own_directory())
             (directory / "nginx.conf").write_text(NGINX_CONF.format(name=name, port=port))
             command = ["nginx", "-p", f"{directory}/", "-e", "stderr", "-c", "nginx.conf"]
-            stack.enter_context(_running(command, lambda port=port: _listens(port)))  # type: ignore[misc]
+            stack.enter_context(running(command, lambda port=port: _listens(port)))  # type: ignore[misc]
         yield pair
 
 
@@ -108,10 +119,10 @@ def redises(first_port: int) -> Iterator[Pair]:
     pair = Pair({name: first_port + i for i, name in enumerate(NAMES)})
     with contextlib.ExitStack() as stack:
         for name, port in pair.ports.items():
-            directory = stack.enter_context(_directory())
+            directory = stack.enter_context(own_directory())
             command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "::1",
                        "--save", "", "--appendonly", "no", "--dir", str(directory)]  # fmt: skip
-            stack.enter_context(_running(command, lambda port=port: _listens(port)))  # type: ignore[misc]
+            stack.enter_context(running(command, lambda port=port: _listens(port)))  # type: ignore[misc]
             subprocess.run(
                 ["redis-cli", "-p", str(port), "SET", "name", name],
                 check=True, capture_output=True, timeout=20,
@@ -121,18 +132,18 @@ def redises(first_port: int) -> Iterator[Pair]:
 
 @contextlib.contextmanager
 def dnsmasqs(first_port: int) -> Iterator[Pair]:
-    """Two dnsmasq, each with its name as TXT record of who.test."""
+    """Two dnsmasq, each with its name as TXT record of who.test; any.test and below is here."""
     pair = Pair({name: first_port + i for i, name in enumerate(NAMES)})
     with contextlib.ExitStack() as stack:
         for name, port in pair.ports.items():
-            directory = stack.enter_context(_directory())
+            directory = stack.enter_context(own_directory())
             command = ["dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--user=root",
                        "--no-resolv", "--no-hosts", "--bind-interfaces", "--log-facility=-",
                        "--listen-address=127.0.0.1,::1", f"--port={port}",
-                       f"--txt-record=who.test,{name}",
+                       f"--txt-record=who.test,{name}", "--address=/any.test/127.0.0.1",
                        f"--pid-file={directory}/pid"]  # fmt: skip
             asks = ("dig", "@127.0.0.1", "-p", str(port), "+short", "+tries=1", "TXT", "who.test")
-            stack.enter_context(_running(command, lambda asks=asks: _answers(*asks)))  # type: ignore[misc]
+            stack.enter_context(running(command, lambda asks=asks: _answers(*asks)))  # type: ignore[misc]
         yield pair
 
 
@@ -143,7 +154,7 @@ def quics(first_port: int) -> Iterator[Pair]:
     with contextlib.ExitStack() as stack:
         for name, port in pair.ports.items():
             command = [sys.executable, "-m", "tests.clients.quic", name, str(port)]
-            stack.enter_context(_running(command, functools.partial(_is_bound, "::1", port)))
+            stack.enter_context(running(command, functools.partial(_is_bound, "::1", port)))
         yield pair
 
 
@@ -165,14 +176,14 @@ def postgreses(first_port: int) -> Iterator[Pair]:
     user = pwd.getpwnam("postgres")
     drop = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups", "--"]
     with contextlib.ExitStack() as stack:
-        made = stack.enter_context(_directory("postgres")) / "data"
+        made = stack.enter_context(own_directory("postgres")) / "data"
         subprocess.run(
             [*drop, newest / "initdb", "--pgdata", made, "--no-sync", "--auth=trust",
              "--username=postgres", "--encoding=UTF8", "--no-locale"],
             check=True, capture_output=True, timeout=60, cwd="/",
         )  # fmt: skip
         for name, port in pair.ports.items():
-            directory = stack.enter_context(_directory("postgres"))
+            directory = stack.enter_context(own_directory("postgres"))
             subprocess.run([*drop, "cp", "-r", made, directory / "data"], check=True, cwd="/")
             settings = {
                 "port": port, "cluster_name": name, "listen_addresses": "127.0.0.1,::1",
@@ -184,7 +195,7 @@ def postgreses(first_port: int) -> Iterator[Pair]:
             command = [*drop, str(newest / "postgres"), "-D", str(directory / "data"), *options]
             asks = (str(newest / "psql"), "-XAt", "-h", "127.0.0.1", "-p", str(port), "-U",
                     "postgres", "-c", "select 1")  # fmt: skip
-            stack.enter_context(_running(command, lambda asks=asks: _answers(*asks)))  # type: ignore[misc]
+            stack.enter_context(running(command, lambda asks=asks: _answers(*asks)))  # type: ignore[misc]
         yield pair
 
 

@@ -1,6 +1,7 @@
 """What this kernel can do for sockhop, found by trying it, never by its version."""
 
 import errno
+import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from sockhop.kernel.host import missing_capabilities
 from sockhop.kernel.mounts import filesystem_type
 from sockhop.kernel.netns import current_cookie
 from sockhop.kernel.probe import Lack, Prober, call, leave, mov, op
+from sockhop.kernel.procfs import Holder, borrowed
 from sockhop.kernel.syscall import KernelError
 
 __all__ = ["Feature", "probe_features"]
@@ -104,6 +106,15 @@ def _bpffs(directory: Path) -> None:
     kind = filesystem_type(directory)
     if kind != "bpf":
         raise Lack(0, f"{directory} is on {kind} (mount -t bpf bpf /sys/fs/bpf)")
+
+
+def _own_descriptor(_: Prober) -> None:
+    with socket.socket(socket.AF_UNIX) as own:
+        try:
+            with borrowed(Holder("sockhop", os.getpid(), own.fileno())):
+                pass
+        except KernelError as error:
+            raise Lack(error.errno) from None
 
 
 def _netns_cookie(_: Prober) -> None:
@@ -355,10 +366,17 @@ _PROBES = (
     ),
     _Probe(
         "iter/task_file",
-        "later: finding the processes of sockets in one pass",
+        "moving UDP sockets: finding the processes that have them, in one pass",
         "processes are found through /proc, which takes longer",
         _Since("5.8", "eaaacd23910f", "bpf: Add task and task/file iterator targets"),
         _iterator("task_file"),
+    ),
+    _Probe(
+        "pidfd_getfd(2)",
+        "moving UDP sockets to another backend",
+        "no socket is moved: it is severed instead",
+        _Since("5.6", "8649c322f75c", "pid: Implement pidfd_getfd syscall"),
+        _own_descriptor,
     ),
     _Probe(
         "iter/tcp",
