@@ -64,6 +64,7 @@ def test_what_may_not_be_ended_is_left_though_it_is_meant(node: Node) -> None:
         assert left == {
             "TCP in LISTEN",
             "TCP in TIME-WAIT",
+            "TCP in SYN-RECV",
             "UDP that is not connected",
             "no process holds it",
         }

@@ -9,15 +9,30 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from sockhop.datapath.sockets import TCP_STATES
+from sockhop.kernel.netns import entered
+from sockhop.kernel.sockdiag import list_sockets
 from sockhop.model import Service
 from tests.clients.dialers import family_of
 from tests.datapath.node import ADDRESSES, service
 from tests.datapath.udp import connect_raw
+from tests.sandbox import wait_until
 
-__all__ = ["ANSWERING", "SERVICES", "SILENT", "Kinds", "cookie", "fate", "namespace"]
+__all__ = [
+    "ANSWERING",
+    "SERVICES",
+    "SILENT",
+    "Kinds",
+    "cookie",
+    "fate",
+    "namespace",
+    "time_waits",
+    "unique",
+]
 
 TCP, UDP = socket.SOCK_STREAM, socket.SOCK_DGRAM
 X4, X6, SILENT4 = ("10.96.1.5", 7000), ("fd00:96::1", 7000), ("10.96.1.6", 7000)
+DEFERRING = ("10.96.1.7", 7000)
 A4, A6, A_MAPPED, B4, SLOW = "10.9.0.1", "fd00:9::1", "::ffff:10.9.0.1", "10.9.0.2", "10.9.0.3"
 DISCONNECT = struct.pack("=H14x", socket.AF_UNSPEC)
 ELSEWHERE = ("10.96.1.99", 9)
@@ -40,11 +55,18 @@ def namespace(name: str) -> Iterator[Path]:
         ip = ["ip", "-n", name]
         subprocess.run([*ip, "link", "set", "lo", "up"], check=True)
         for address in ADDRESSES:
-            at_once = ["nodad"] if ":" in address else []
-            subprocess.run([*ip, "addr", "add", address, "dev", "lo", *at_once], check=True)
-        yield Path("/run/netns") / name
+            subprocess.run([*ip, "addr", "add", address, "dev", "lo"], check=True)
+        path = Path("/run/netns") / name
+        with entered(path):
+            wait_until(_reaches_itself, "a way to its own IPv6 address")  # made by a work queue
+        yield path
     finally:
         subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+def _reaches_itself() -> bool:
+    with socket.socket(socket.AF_INET6, UDP) as own:
+        return own.connect_ex((X6[0], 9)) == 0
 
 
 def fate(own: socket.socket) -> str:
@@ -68,6 +90,10 @@ class Kinds:
         self._stack = contextlib.ExitStack()
         self.spared: dict[str, socket.socket] = {}
         self.with_a: dict[str, socket.socket] = {}
+        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        self._stack.callback(os.close, home)
+        self._home = Path(f"/proc/self/fd/{home}")
+        self._half_open: socket.socket
         try:
             self._serve()
             self._connect_to_a()
@@ -92,6 +118,15 @@ class Kinds:
             if name.startswith("udp"):
                 with contextlib.suppress(OSError):
                     assert own.getpeername() == self._peers.get(name), f"{name} {where}"
+        with entered(self._home):
+            self._check_minisockets(where)
+
+    def _check_minisockets(self, where: str) -> None:
+        assert self.time_wait in time_waits(), f"TIME-WAIT {where}"
+        self._half_open.send(b"?")
+        self._stack.enter_context(self._deferring.accept()[0])
+        self._half_open.close()
+        self._half_open = self._dial(DEFERRING[0], TCP, DEFERRING[1])
 
     def _new(self, host: str, kind: int) -> socket.socket:
         own = self._stack.enter_context(socket.socket(family_of(host), kind))
@@ -116,6 +151,12 @@ class Kinds:
         silent.bind(SILENT4)
         silent.listen(0)
         self.spared["tcp4 listens, full"] = silent
+        # A bare acknowledgement leaves a connection in NEW_SYN_RECV here, until data comes.
+        self._deferring = self._new(DEFERRING[0], TCP)
+        self._deferring.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 60)
+        self._deferring.bind(DEFERRING)
+        self._deferring.listen()
+        self._half_open = self._dial(DEFERRING[0], TCP, DEFERRING[1])
         self.spared["tcp4 in the queue"] = self._dial(*(SILENT4[0], TCP, SILENT4[1]))
 
     def _connect_to_a(self) -> None:
@@ -145,7 +186,7 @@ class Kinds:
         for name, bind in (("udp4 disconnected", False), ("udp4 bound, disconnected", True)):
             own = self._new(A4, UDP)
             if bind:
-                own.bind((X4[0], 0))
+                own.bind((X4[0], 7777))
             own.connect((A4, 80))
             connect_raw(own, DISCONNECT)
             spared[name] = own
@@ -175,6 +216,7 @@ class Kinds:
     def _leave_a_time_wait(self) -> None:
         own = self._dial(A4, TCP)
         accepted = self._accepted(own)
+        self.time_wait = own.getsockname()[1]
         own.close()
         accepted.close()
 
@@ -184,6 +226,12 @@ class Kinds:
             self._stack.callback(accepted.close)
             if client == dialled.getsockname():
                 return accepted
+
+
+def time_waits() -> set[int]:
+    """Return the local ports of sockets in TIME-WAIT, in this thread's network namespace."""
+    states = 1 << TCP_STATES.index("TIME-WAIT") + 1
+    return {each.local_port for each in list_sockets(socket.IPPROTO_TCP, states=states)}
 
 
 def unique(text: str) -> str:

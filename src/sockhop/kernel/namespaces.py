@@ -143,5 +143,7 @@ def _held() -> Iterable[Path]:
         with suppress(OSError):
             for entry in (process / "fd").iterdir():
                 with suppress(OSError):
-                    if str(entry.readlink()).startswith("net:["):
+                    # "/" where it was opened at a mount that is gone. Others are not looked
+                    # at: stat() of a file may wait for a server.
+                    if (target := str(entry.readlink())) == "/" or target.startswith("net:["):
                         yield entry
