@@ -109,6 +109,14 @@ def test_only_the_sockets_of_the_service_that_a_backend_left(
         assert {each["change"] for each in done} == {agent.status()["generation"]}
         assert len({each["cookie"] for each in done}) == len(done) == len(gone)
         assert agent.status()["termination"]["done"] == {"severed": len(gone)}
+        cookie = str(done[0]["cookie"])
+        said = sandbox.sockhop("explain", cookie).stdout
+        change = done[0]["change"]
+        assert f"10.96.0.1:8080 was removed from web, sever, change {change}\n" in said
+        assert f"{done[0]['local']} > 10.96.0.1:8080 TCP, gone\n" in said
+        known = json.loads(sandbox.sockhop("explain", cookie, "-o", "json").stdout)
+        assert known == {"cookie": done[0]["cookie"], "events": [done[0]]}
+        assert sandbox.sockhop("explain", "4", check=False).returncode == 1
 
 
 def test_what_becomes_of_sockets_by_default(sandbox: Sandbox, tcp: list[HoldingServer]) -> None:

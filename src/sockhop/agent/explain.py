@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from sockhop.agent.find_socket import FoundSocket, find_socket
+from sockhop.agent.events import Event, EventLog
+from sockhop.agent.find_socket import FoundSocket, cookie_of, find_socket
 from sockhop.agent.installed import read_services
 from sockhop.agent.reasons import Case, reasons_against, socket_cgroup
 from sockhop.agent.target import split_service_port
@@ -28,7 +29,7 @@ from sockhop.kernel.procfs import boot_time, borrowed
 from sockhop.kernel.syscall import KernelError
 from sockhop.model import Protocol, endpoint, parse_address, unpack_address
 
-__all__ = ["DatagramRow", "Explanation", "Origin", "explain"]
+__all__ = ["DatagramRow", "Explanation", "History", "Origin", "explain", "history"]
 
 _PROTOCOLS = {protocol.number: protocol for protocol in Protocol}
 
@@ -87,6 +88,20 @@ class Explanation(msgspec.Struct):
     inode: int
     netns: int
     cgroup: str
+
+
+class History(msgspec.Struct):
+    """What was done to a socket that may be gone by now."""
+
+    cookie: int
+    events: list[Event]
+
+
+def history(text: str, log: EventLog) -> History | None:
+    """Return what was done to the socket whose cookie *text* is; None without anything."""
+    cookie = cookie_of(text)
+    events = log.of_socket(cookie) if cookie else []
+    return History(cookie, events) if cookie and events else None
 
 
 def explain(text: str, pins: Path, cgroup: Path) -> Explanation:

@@ -17,7 +17,7 @@ from sockhop.kernel.procfs import Holder, find_holders, network_namespaces, sock
 from sockhop.kernel.sockdiag import DiagSocket, list_sockets
 from sockhop.model import endpoint, pack_address, parse_address, unpack_address
 
-__all__ = ["FoundSocket", "find_socket"]
+__all__ = ["FoundSocket", "cookie_of", "find_socket"]
 
 _ENDPOINT = r"(?:\[[0-9A-Fa-f:.]+\]|[0-9.]+):\d+"
 _TUPLE = re.compile(rf"({_ENDPOINT})(?:(?:->|>|-)({_ENDPOINT}))?(?:/(tcp|udp))?")
@@ -49,7 +49,7 @@ def find_socket(text: str, pins: Path) -> FoundSocket:
     """
     if re.fullmatch(r"\d+:\d+", text):
         found = _by_descriptor(*map(int, text.split(":")))
-    elif (cookie := _cookie(text)) is not None:
+    elif (cookie := cookie_of(text)) is not None:
         found = _first(lambda each: each.cookie == cookie)
     elif parts := _TUPLE.fullmatch(text):
         first, second, protocol = parts.groups()
@@ -72,7 +72,8 @@ def find_socket(text: str, pins: Path) -> FoundSocket:
     return FoundSocket(*found[0], find_holders({only.inode} - {0}).get(only.inode, []))
 
 
-def _cookie(text: str) -> int | None:
+def cookie_of(text: str) -> int | None:
+    """Return the cookie that *text* is, as a number or in hex; None for anything else."""
     if re.fullmatch(r"\d+", text):
         return int(text)
     hexadecimal = re.fullmatch(r"(?:0x|sk:)([0-9A-Fa-f]+)", text)

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import msgspec
 
+from sockhop.cli.events import event_text
 from sockhop.cli.options import (
     api_path,
     bpffs_path,
@@ -14,9 +16,10 @@ from sockhop.cli.options import (
     output_option,
 )
 from sockhop.cli.output import age, print_value, table
+from sockhop.errors import SockhopError
 
 if TYPE_CHECKING:
-    from sockhop.agent.explain import DatagramRow, Explanation, Origin
+    from sockhop.agent.explain import DatagramRow, Explanation, History, Origin
 
 __all__ = ["command"]
 
@@ -32,18 +35,42 @@ def command(socket: str, output: str) -> int:
     `ss -e`, sk:1f); or LOCAL>REMOTE, also written LOCAL-REMOTE, where REMOTE is the real peer or
     the frontend; or one of these ends, if it names one socket. /tcp or /udp may follow. Exit
     status 1 if there is no such socket, or if it is not balanced: then the reasons are given.
+
+    Of a socket that sockhop has ended or moved, given its cookie, it says when, why and by which
+    change, also when the socket is gone; then the status is 0.
     """
     from sockhop.agent.client import ask_agent  # noqa: PLC0415 (slow to import)
-    from sockhop.agent.explain import explain  # noqa: PLC0415
+    from sockhop.agent.events import EventLog, events_path  # noqa: PLC0415
+    from sockhop.agent.explain import explain, history  # noqa: PLC0415
 
     agent = ask_agent(api_path())
     cgroup = Path(agent.state.cgroup) if agent else cgroup_path()
-    found = explain(socket, bpffs_path(), cgroup)
+    log = EventLog(events_path(api_path()))
+    try:
+        found = explain(socket, bpffs_path(), cgroup)
+    except SockhopError:
+        past = history(socket, log)
+        if past is None:
+            raise
+        _print_history(past, output)
+        return 0
+    past = history(str(found.cookie), log)
     if output in ("json", "yaml"):
-        print_value(found, output)
+        print_value(msgspec.to_builtins(found) | {"events": past.events if past else []}, output)
     else:
-        click.echo(table(list(_lines(found))))
+        events = [("event", event_text(event)) for event in past.events] if past else []
+        click.echo(table([*_lines(found), *events]))
     return int(not found.balanced)
+
+
+def _print_history(past: "History", output: str) -> None:
+    if output in ("json", "yaml"):
+        print_value(past, output)
+        return
+    last = past.events[-1]
+    lines = [("socket", f"{last.local} > {last.remote} {last.protocol}, gone")]
+    lines += [("event", event_text(event)) for event in past.events]
+    click.echo(table([*lines, ("cookie", str(past.cookie))]))
 
 
 def _lines(found: "Explanation") -> Iterator[tuple[str, str]]:
