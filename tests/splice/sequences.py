@@ -7,7 +7,7 @@ import struct
 
 from tests.splice.runs import PATIENCE, Run
 
-__all__ = ["SEQUENCES", "UNREAD"]
+__all__ = ["SEQUENCES", "UNREAD", "disconnect"]
 
 _NO_LINGER = struct.pack("ii", 1, 0)
 
@@ -17,8 +17,8 @@ def _reset(of: socket.socket) -> None:
     of.close()
 
 
-def _unspec(of: socket.socket) -> None:
-    # connect(AF_UNSPEC), which Python's own connect() cannot say.
+def disconnect(of: socket.socket) -> None:
+    """Take a socket from its peer: connect(AF_UNSPEC), which Python's own connect() cannot say."""
     assert ctypes.CDLL(None).connect(of.fileno(), struct.pack("=H14x", 0), 16) == 0
 
 
@@ -145,7 +145,7 @@ def _server_half_then_client(run: Run) -> None:
 def _client_unconnects(run: Run) -> None:
     server = run.talk()
     run.client.sendall(b"before")
-    _unspec(run.client)
+    disconnect(run.client)
     run.settle()
     run.drain("server", server)
     server.close()
@@ -155,7 +155,7 @@ def _client_unconnects(run: Run) -> None:
 def _server_unconnects(run: Run) -> None:
     server = run.talk()
     server.sendall(b"before")
-    _unspec(server)
+    disconnect(server)
     run.settle()
     run.drain("client", run.client)
     run.client.close()
@@ -253,7 +253,7 @@ def _goes_elsewhere(run: Run) -> None:
     run.client.sendall(b"for the old server")
     run.settle()
     with run.stage.listen(run.place) as other:
-        _unspec(run.client)
+        disconnect(run.client)
         run.client.connect((run.place.target, other.getsockname()[1]))
         peer = other.accept()[0]
         with peer:
