@@ -1,14 +1,18 @@
 """`sockhop plan` says what an agent would change, and changes nothing."""
 
 import json
+import os
+import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.agent.holding import HoldingServer, dial
 from tests.clients import bpftool
 from tests.sandbox import SOCKHOP, Sandbox, compact, publish
 
@@ -162,3 +166,42 @@ def test_against_nothing(sandbox: Sandbox) -> None:
     with sandbox.agent(sandbox.manifest(compact(web=WEB))):
         pass
     assert plan(sandbox, compact(web=WEB)).returncode == 0
+
+
+def test_the_live_sockets_of_a_change() -> None:
+    """Counted by backend, process and network namespace, with what becomes of them."""
+    intent = {"tcp": {"removed": {"drain": "5s"}}, "udp": {"removed": "sever"}}
+    vip = "10.96.0.10"
+    with (
+        Sandbox(loopback=("10.96.0.1/32",)) as sandbox,
+        HoldingServer("10.96.0.1", 8080) as server,
+        ExitStack() as clients,
+    ):
+        web = {"frontends": [f"{vip}:80/tcp+udp"], "backends": [server.endpoint], "intent": intent}
+        path = sandbox.manifest(compact(web=web, other={**web, "frontends": [f"{vip}:81/tcp"]}))
+        with sandbox.agent(path):
+            for each in (*dial(vip, n=3), *dial(vip, 81)):
+                clients.enter_context(each)
+            datagrams = clients.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            datagrams.connect((vip, 80))
+            elsewhere = {**web, "backends": ["10.96.0.1:8081"]}
+            elsewhere.pop("intent")
+            other = {**web, "frontends": [f"{vip}:81/tcp"]}
+            resting = [{"address": server.endpoint, "state": "maintenance"}, "10.96.0.1:8081"]
+            new = compact(web={**elsewhere, "intent": intent}, other={**other, "backends": resting})
+            shown = json.loads(plan(sandbox, new, "-o", "json").stdout)["sockets"]
+            me = [f"{Path('/proc/self/comm').read_text().strip()}/{os.getpid()}"]
+            assert {each["netns"] for each in shown["groups"]} == {sandbox.netns.stat().st_ino}
+            assert all(each["processes"] == me for each in shown["groups"])
+            kinds = [(e["intent"], e["trigger"], e["service"], e["protocol"], e["sockets"])
+                     for e in shown["groups"]]  # fmt: skip
+            assert kinds == [
+                ("drain 5s", "removed", "web", "TCP", 3),
+                ("leave", "maintenance", "other", "TCP", 1),
+                ("sever", "removed", "web", "UDP", 1),
+            ]
+            assert shown["held"] == ""
+            # What a service that goes has said holds, and the brake would.
+            lines = plan(sandbox, compact(other=other)).stdout.splitlines()
+            assert "live sockets: drain 3, sever 1" in lines
+            assert "held until `sockhop approve`: it removes all backends of web" in lines

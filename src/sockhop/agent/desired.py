@@ -11,6 +11,7 @@ from sockhop.agent.places import PlaceFinder
 from sockhop.agent.target import Target, expand
 from sockhop.errors import InputError
 from sockhop.kernel.netns import current_cookie, entered, inode
+from sockhop.model import Desired
 from sockhop.sources.files import load
 
 __all__ = ["Wanted", "agent_paths", "want"]
@@ -19,8 +20,9 @@ _PROC = Path("/proc")
 
 
 class Wanted(NamedTuple):
-    """What manifests ask for, and what of them is ignored, a line each."""
+    """What manifests ask for, what is to be installed for it, what is ignored, a line each."""
 
+    desired: Desired
     target: Target
     warnings: tuple[str, ...]
 
@@ -36,7 +38,7 @@ def want(paths: Sequence[Path], agent: RunningAgent | None, node_name: str = "")
     if agent is not None and agent.state.source.coexist:
         loaded = Coexistence().leave_out(loaded)
     target = expand(loaded.desired, _home(agent), PlaceFinder().find(loaded.desired))
-    return Wanted(target, loaded.warnings)
+    return Wanted(loaded.desired, target, loaded.warnings)
 
 
 def agent_paths(agent: RunningAgent) -> list[Path]:

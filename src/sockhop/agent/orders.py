@@ -133,7 +133,10 @@ class Orders:
 def read_rules(path: Path, pins: Path) -> dict[str, tuple[IntentRule, ...]]:
     """Return what the services say that an agent has installed in the maps below *pins*."""
     found = _read(path)
-    return found.rules if found and found.epoch == _epoch(pins) else {}
+    try:
+        return found.rules if found and found.epoch == _epoch(pins) else {}
+    except FileNotFoundError:  # nothing is installed
+        return {}
 
 
 def _read(path: Path) -> OrderFile | None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 import msgspec
 
 from sockhop.agent.capacity import MapNeed, Usage, map_needs
+from sockhop.agent.impact import Impact
 from sockhop.agent.inventory import scope_of
 from sockhop.agent.plan import Installed, Plan
 from sockhop.agent.target import Member, split_service_port
@@ -44,20 +45,22 @@ class BackendChange(msgspec.Struct):
 
 
 class Preview(msgspec.Struct):
-    """All that would change, and what it needs of the maps."""
+    """All that would change, what it needs of the maps, and which live sockets it concerns."""
 
     frontends: list[FrontendChange]
     backends: list[BackendChange]
     maps: list[MapNeed]
+    sockets: Impact
 
 
-def preview(plan: Plan, installed: Installed, sizes: Mapping[str, int]) -> Preview:
+def preview(plan: Plan, installed: Installed, sizes: Mapping[str, int], sockets: Impact) -> Preview:
     """Return what *plan*, made against *installed*, would change."""
     usage = Usage.of(old.entry for old in installed.entries.values())
     return Preview(
         list(_frontends(plan, installed)),
         list(_backends(plan, installed)),
         map_needs(plan, installed, usage, sizes),
+        sockets,
     )
 
 

@@ -59,10 +59,13 @@ class HeldChange(msgspec.Struct):
 class Termination(msgspec.Struct):
     """What is done to live sockets. `draining` and `parked` count them, never too few.
 
-    `done`: since the agent started, by what was done.
+    `brake` and `approve_above` are as in :class:`sockhop.agent.brake.Limits`; `done`: since the
+    agent started, by what was done.
     """
 
     engine: str = ""
+    brake: bool = True
+    approve_above: int | None = None
     held: list[HeldChange] = []
     draining: int = 0
     parked: int = 0

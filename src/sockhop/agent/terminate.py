@@ -205,6 +205,8 @@ class Terminator:
             done[action] += count
         return Termination(
             self._carrier.engine_name,
+            self._limits.brake,
+            self._limits.approve_above,
             self.held(),
             self._carrier.draining(),
             self._carrier.parked(),

@@ -16,6 +16,11 @@ from sockhop.cli.options import (
 from sockhop.cli.output import Column, cells, print_value, table
 
 if TYPE_CHECKING:
+    from sockhop.agent.brake import Limits
+    from sockhop.agent.client import RunningAgent
+    from sockhop.agent.concerns import Rules
+    from sockhop.agent.desired import Wanted
+    from sockhop.agent.impact import Impact
     from sockhop.agent.plan import Installed
     from sockhop.agent.preview import BackendChange, FrontendChange, Preview
 
@@ -28,6 +33,15 @@ _MAPS = (
     Column("NEEDED", "needed", text="{:,}".format),
     Column("SIZE", "size", text="{:,}".format),
 )
+_SOCKETS = (
+    Column("INTENT", "intent"),
+    Column("BECAUSE", "trigger"),
+    Column("SERVICE", "service"),
+    Column("BACKEND", "backend"),
+    Column("NETNS", "netns"),
+    Column("PROCESS", "processes"),
+    Column("SOCKETS", "sockets", text="{:,}".format),
+)
 
 
 @click.command(epilog="Example: sockhop plan -f services.yaml")
@@ -38,22 +52,26 @@ _MAPS = (
 def command(paths: tuple[Path, ...], node_name: str, output: str) -> int:
     """Print what an agent with these manifests would change. Writes nothing.
 
-    Works with or without a running agent; where nothing is installed, against empty maps. NEEDED
-    is the most that a map holds while the change is made. Exit status 0 if nothing would change,
+    Works with or without a running agent; where nothing is installed, against empty maps. Also
+    which live sockets are concerned, and what becomes of them. NEEDED is the most that a map holds
+    while the change is made. Exit status 0 if nothing would change,
     1 if something would, 3 if a map has no room for it.
     """
     from sockhop.agent.capacity import check_capacity  # noqa: PLC0415 (slow to import)
     from sockhop.agent.client import ask_agent  # noqa: PLC0415
     from sockhop.agent.desired import want  # noqa: PLC0415
+    from sockhop.agent.impact import find_impact  # noqa: PLC0415
     from sockhop.agent.plan import make_plan  # noqa: PLC0415
     from sockhop.agent.preview import preview  # noqa: PLC0415
 
-    wanted = want(paths, ask_agent(api_path()), node_name)
+    agent = ask_agent(api_path())
+    wanted = want(paths, agent, node_name)
     for warning in wanted.warnings:
         click.echo(f"sockhop: {warning}", err=True)
     installed, sizes = _installed(bpffs_path())
     plan = make_plan(wanted.target, installed)
-    shown = preview(plan, installed, sizes)
+    impact = find_impact(plan, installed, _rules(wanted), _limits(agent), bpffs_path())
+    shown = preview(plan, installed, sizes, impact)
     if output in ("json", "yaml"):
         print_value(shown, output)
     else:
@@ -61,6 +79,7 @@ def command(paths: tuple[Path, ...], node_name: str, output: str) -> int:
             click.echo(line)
         if not plan:
             click.echo("nothing to do")
+        _print_sockets(shown.sockets)
         titles = [column.title for column in _MAPS]
         click.echo("\n" + table([titles, *cells(shown.maps, _MAPS)]))
     check_capacity(shown.maps)
@@ -79,6 +98,35 @@ def _installed(pins: Path) -> "tuple[Installed, dict[str, int]]":
             return read_installed(maps), maps.sizes()
     except NotInstalled:
         return Installed({}, {}, {}), declared_sizes(object_path("balance"))
+
+
+def _rules(wanted: "Wanted") -> "Rules":
+    """Return what services say of intents, those too that would go."""
+    from sockhop.agent.orders import orders_path, read_rules  # noqa: PLC0415
+
+    said = {service.name: service.intents for service in wanted.desired.services}
+    before = read_rules(orders_path(api_path()), bpffs_path())
+    return lambda name: said.get(name, before.get(name, ()))
+
+
+def _limits(agent: "RunningAgent | None") -> "Limits":
+    from sockhop.agent.brake import Limits  # noqa: PLC0415
+
+    if agent is None:
+        return Limits()
+    found = agent.state.termination
+    return Limits(brake=found.brake, approve_above=found.approve_above)
+
+
+def _print_sockets(impact: "Impact") -> None:
+    if not impact.groups:
+        return
+    total = ", ".join(f"{action} {count:,}" for action, count in impact.totals.items())
+    click.echo(f"\nlive sockets: {total}")
+    titles = [column.title for column in _SOCKETS]
+    click.echo(table([titles, *cells(impact.groups, _SOCKETS)]))
+    if impact.held:
+        click.echo(f"held until `sockhop approve`: {impact.held}")
 
 
 def _frontend_lines(shown: "Preview") -> Iterator[str]:
