@@ -11,12 +11,13 @@
 #include "sockhop.h"
 #include "splice.h"
 #include "maps.h"
-#include "splice_maps.h"
 #include "provenance.h"
+#include "splice_maps.h"
 #include "splice_optin.h"
 
 #define SEND_SHUTDOWN 2
 #define CONTROL_SHARE 16
+#define COUNT_EVERY (1 << 20) /* bytes; else every second by the agent, and at the end */
 #define BULK (1 << 20) /* bytes by the stack after which the other way follows */
 
 static __always_inline void note(__u32 service, enum splice_reason reason)
@@ -73,6 +74,7 @@ static __always_inline void start_afresh(struct bpf_sock_ops *ctx, struct bpf_so
 	if (!old)
 		return;
 	forget_pair(old, cookie);
+	count_spliced(old);
 	bpf_map_delete_elem(&splice_sockets, &cookie);
 	bpf_sk_storage_delete(&splice_lanes, sk);
 }
@@ -90,6 +92,7 @@ static __always_inline void closed(struct bpf_sock_ops *ctx, struct bpf_sock *sk
 	if (!lane || !tp)
 		return;
 	forget_pair(lane, cookie);
+	count_spliced(lane);
 	psock = psock_of((struct sock *)tp);
 	if (!psock || queue_is_empty(psock))
 		bpf_map_delete_elem(&splice_sockets, &cookie);
@@ -284,28 +287,74 @@ static __always_inline enum splice_reason decide(struct splice_lane *lane, struc
 	return SPLICE_REASON_NONE;
 }
 
-/* Whether the peer can take `size` bytes more. Its memory may be another socket's by now: its
- * cookie, read last, tells.
+/* What is to be known of a peer. Its memory may be another socket's by now: the cookie tells. */
+struct peer {
+	__u64 cookie;
+	__u32 room;
+	__u8 state;
+	bool has_ulp;
+	bool has_queue;
+	bool queue_is_empty;
+};
+
+/* Linux kernel commit a35b9af4ec2c ("bpf: Add a kfunc for generic type cast") (in v6.2): plain loads.
+ * Without it each field costs a call.
  */
+extern void *bpf_rdonly_cast(const void *obj, __u32 btf_id) __ksym __weak;
+
+static __always_inline void load_peer(__u64 address, struct peer *out)
+{
+	struct tcp_sock *tp =
+		bpf_rdonly_cast((void *)address, bpf_core_type_id_kernel(struct tcp_sock));
+	struct sock *sk = &tp->inet_conn.icsk_inet.sk;
+	__u64 data = (__u64)sk->sk_user_data & ~7ULL;
+	struct sk_psock *psock =
+		bpf_rdonly_cast((void *)data, bpf_core_type_id_kernel(struct sk_psock));
+
+	out->room = sk->sk_rcvbuf;
+	out->state = sk->__sk_common.skc_state;
+	out->has_ulp = !!tp->inet_conn.icsk_ulp_ops;
+	out->has_queue = !!data;
+	out->queue_is_empty =
+		(__u64)psock->ingress_msg.next == data + bpf_core_field_offset(psock->ingress_msg);
+	out->cookie = sk->__sk_common.skc_cookie.counter;
+}
+
+static __always_inline void read_peer(__u64 address, struct peer *out)
+{
+	struct tcp_sock *tp = (struct tcp_sock *)address;
+	struct sock *sk = (struct sock *)tp;
+	struct sk_psock *psock = psock_of(sk);
+
+	out->room = BPF_CORE_READ(sk, sk_rcvbuf);
+	out->state = BPF_CORE_READ(sk, __sk_common.skc_state);
+	out->has_ulp = !!BPF_CORE_READ(tp, inet_conn.icsk_ulp_ops);
+	out->has_queue = !!psock;
+	out->queue_is_empty = queue_is_empty(psock);
+	out->cookie = BPF_CORE_READ(sk, __sk_common.skc_cookie.counter);
+}
+
+/* Whether the peer can take `size` bytes more. */
 static __always_inline enum splice_reason ask_peer(struct splice_lane *lane, __u32 size)
 {
-	struct tcp_sock *peer = (struct tcp_sock *)lane->peer_sock;
-	struct sock *sk = (struct sock *)peer;
-	__u8 state = BPF_CORE_READ(sk, __sk_common.skc_state);
-	struct sk_psock *psock = psock_of(sk);
-	__u32 limit = (__u32)BPF_CORE_READ(sk, sk_rcvbuf) / 2;
+	struct peer peer = {};
+	__u32 limit;
 
-	if (BPF_CORE_READ(peer, inet_conn.icsk_ulp_ops))
+	if (bpf_rdonly_cast)
+		load_peer(lane->peer_sock, &peer);
+	else
+		read_peer(lane->peer_sock, &peer);
+	if (peer.has_ulp)
 		return SPLICE_ULP;
 	/* Another state cannot receive: bytes would rot in the queue where the stack says RST. */
-	if (state != TCP_ESTABLISHED && state != TCP_FIN_WAIT1 && state != TCP_FIN_WAIT2)
+	if (peer.state != TCP_ESTABLISHED && peer.state != TCP_FIN_WAIT1 &&
+	    peer.state != TCP_FIN_WAIT2)
 		return SPLICE_GONE;
-	if (!psock)
+	if (!peer.has_queue || peer.cookie != lane->peer)
 		return SPLICE_GONE;
-	if (queue_is_empty(psock))
+	if (peer.queue_is_empty)
 		lane->queued = 0;
-	if (BPF_CORE_READ(sk, __sk_common.skc_cookie.counter) != lane->peer)
-		return SPLICE_GONE;
+	limit = peer.room / 2;
 	if (limit > lane->budget)
 		limit = lane->budget;
 	return lane->queued + size > limit ? SPLICE_BACKLOG : SPLICE_REASON_NONE;
@@ -380,7 +429,6 @@ SEC("sk_msg")
 int sockhop_message(struct sk_msg_md *msg)
 {
 	struct bpf_sock *sk = msg->sk;
-	struct splice_counters *counters;
 	struct splice_end *own, *peer;
 	struct splice_lane *lane;
 	struct splice_pair *pair;
@@ -416,9 +464,9 @@ int sockhop_message(struct sk_msg_md *msg)
 	peer->unanswered = 0;
 	lane->queued += size;
 	lane->spliced += size;
-	counters = counters_of(lane->service);
-	if (counters)
-		add(&counters->spliced_bytes, size);
+	add(&lane->uncounted, size);
+	if (lane->uncounted > COUNT_EVERY)
+		count_spliced(lane);
 	time_answer(lane, pair, false);
 	return SK_PASS;
 }

@@ -125,6 +125,7 @@ struct splice_lane {
 	__u64 peer_sock;
 	__u64 since; /* CLOCK_BOOTTIME, ns: established */
 	__u64 spliced; /* bytes */
+	__u64 uncounted; /* of these, bytes that are not in the counters yet */
 	__u64 stacked; /* bytes by the stack while in the sockhash */
 	__u64 leaving; /* CLOCK_BOOTTIME, ns: nobody will splice to it from then on; 0: not so */
 	__u32 queued; /* bytes spliced since the peer's queue was last seen empty */

@@ -91,6 +91,16 @@ static __always_inline struct splice_counters *counters_of(__u32 service)
 	return bpf_map_lookup_elem(&splice_counters, &service);
 }
 
+/* Looking counters up for each message would cost as much as all the rest. */
+static __always_inline void count_spliced(struct splice_lane *lane)
+{
+	struct splice_counters *counters = counters_of(lane->service);
+	__u64 bytes = __sync_lock_test_and_set(&lane->uncounted, 0);
+
+	if (counters && bytes)
+		add(&counters->spliced_bytes, bytes);
+}
+
 /* Whether splicing is switched off, for all sockets at once. */
 static __always_inline bool switched_off(void)
 {

@@ -10,8 +10,8 @@
 #include "sockhop.h"
 #include "splice.h"
 #include "maps.h"
-#include "splice_maps.h"
 #include "provenance.h"
+#include "splice_maps.h"
 
 #define SETTLED 1000000000ULL /* ns; a message that was on its way to the queue is there by then */
 
@@ -92,6 +92,7 @@ int sockhop_sweep(struct bpf_iter__sockmap *ctx)
 	lane = bpf_sk_storage_get(&splice_lanes, sk, 0, 0);
 	if (!lane)
 		return 0;
+	count_spliced(lane);
 	if (!is_done(lane, now)) {
 		lane->leaving = 0;
 		return 0;

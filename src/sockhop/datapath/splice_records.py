@@ -123,6 +123,7 @@ class SpliceLane(NamedTuple):
     peer_sock: int
     since: int
     spliced: int
+    uncounted: int
     stacked: int
     leaving: int
     queued: int
