@@ -2,7 +2,7 @@
 
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from sockhop.agent.events import EventKind, EventLog
 from sockhop.agent.installed import read_services
 from sockhop.agent.orders import now
 from sockhop.agent.record import Recorder
-from sockhop.datapath.ending import choose_engine
+from sockhop.datapath.ending import Outcome, choose_engine
 from sockhop.datapath.resteer import Resteerer
 from sockhop.datapath.sockets import Socket, Sockets
 from sockhop.model import Intent, IntentKind, IntentRule, Protocol, Trigger
@@ -52,9 +52,10 @@ class Stage:
         def names() -> dict[int, str]:
             return read_services(node.maps)
 
-        reach = Reach(
-            node.maps, self._sockets, engine, lambda s: resteerer.resteer(s, engine.sever_sockets)
-        )
+        def move(sockets: Sequence[Socket]) -> Sequence[Outcome]:
+            return resteerer.resteer(sockets, engine.sever_sockets)
+
+        reach = Reach(node.maps, self._sockets, engine, move, resteerer.obstacles)
         self.rules: dict[str, tuple[IntentRule, ...]] = {}
         self.denials = Denials(
             reach,

@@ -4,6 +4,7 @@ import contextlib
 import json
 import subprocess
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -42,6 +43,14 @@ def sockets(node: Sandbox) -> list[dict[str, Any]]:
     return json.loads(node.sockhop("get", "sockets", "-o", "json").stdout)  # type: ignore[no-any-return]
 
 
+def metric(name: str) -> float:
+    """Return a metric of the agent, 0 where it is not there."""
+    with urllib.request.urlopen("http://127.0.0.1:9464/metrics", timeout=5) as answer:
+        lines = answer.read().decode().splitlines()
+    found = (line.rpartition(" ") for line in lines)
+    return next((float(value) for key, _, value in found if key == name), 0)
+
+
 # --- UDP: the same socket, another backend --------------------------------------------------------
 
 
@@ -75,7 +84,8 @@ def test_a_thousand_names(node: Sandbox, dns: Pair, name: str) -> None:
     start, ask = FRONTS[name]
     first, rest = range(NAMES // 2), range(NAMES // 2, NAMES)
     manifest = node.manifest(service("udp", f"{DNS}:53", dns, "one"))
-    with node.agent(manifest) as agent, start(DNS, 5390) as front:
+    arguments = ("--brake", "off", "--metrics", "127.0.0.1:9464")
+    with node.agent(manifest, *arguments) as agent, start(DNS, 5390) as front:
         resolve(front, ask, first)
         before = front.udp_sockets()
         if name == "nginx":  # the others do not connect, or for one question only
@@ -86,6 +96,7 @@ def test_a_thousand_names(node: Sandbox, dns: Pair, name: str) -> None:
         if name == "nginx":
             now = f"127.0.0.1:{dns.ports['two']}"
             wait_until(lambda: backend_of_kept_socket(node) == now, "it has been moved", 5)
+            assert metric('sockhop_resteers_total{result="moved"}') == 1
         resolve(front, ask, rest)
         if name != "unbound":
             assert front.udp_sockets() == before

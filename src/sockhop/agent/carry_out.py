@@ -18,6 +18,7 @@ from sockhop.datapath.balancer import BalanceMaps
 from sockhop.datapath.ending import Engine, Outcome
 from sockhop.datapath.progress import probe_peers
 from sockhop.datapath.records import FrontendKey, Setting, Total
+from sockhop.datapath.resteer import Obstacle
 from sockhop.datapath.sockets import Pair, Socket, Sockets
 from sockhop.errors import SockhopError
 from sockhop.model import BackendState, IntentKind, Protocol, Trigger
@@ -82,6 +83,8 @@ class Reach(NamedTuple):
     sockets: Sockets
     engine: Engine
     move: Mover
+    moves: Mapping[Obstacle, int]
+    """How often that went well, or why it did not."""
 
 
 class Carrier:
@@ -97,7 +100,7 @@ class Carrier:
         self._installer = installer
         self._orders = orders
         self._recorder = recorder
-        self._maps, self._sockets, self._engine, self._move = reach
+        self._maps, self._sockets, self._engine, self._move, self.moves = reach
         self._work: dict[Pair, _Work] = {}
         self._serving: set[Member] = set()
 

@@ -120,6 +120,14 @@ class AgentCollector(Collector):
         for labels, count in sorted(self._terminator.totals.items()):
             family.add_metric(labels, count)
         yield family
+        moves = CounterMetricFamily(
+            "sockhop_resteers",
+            "UDP sockets that were to be moved, by what kept them from it.",
+            labels=["result"],
+        )
+        for result, count in sorted(self._terminator.moves.items()):
+            moves.add_metric([result], count)
+        yield moves
         for name, text, value in (
             ("held_changes", "Changes that wait for sockhop approve.", len(state.held)),
             (

@@ -28,7 +28,7 @@ from sockhop.agent.target import Member, split_service_port
 from sockhop.datapath.balancer import BalanceMaps
 from sockhop.datapath.ending import Outcome, choose_engine
 from sockhop.datapath.records import Setting, Total
-from sockhop.datapath.resteer import Resteerer
+from sockhop.datapath.resteer import Obstacle, Resteerer
 from sockhop.datapath.sockets import Pair, Socket, Sockets
 from sockhop.model import IntentKind, IntentRule, Service, Trigger, endpoint, intent_for
 
@@ -144,6 +144,11 @@ class Terminator:
         return approved
 
     @property
+    def moves(self) -> Mapping[Obstacle, int]:
+        """How many sockets were to be moved, by what came of it: see datapath.moving.Obstacle."""
+        return self._carrier.moves
+
+    @property
     def totals(self) -> Mapping[tuple[str, str, str], int]:
         """What was done to sockets since the agent started, by action, trigger and protocol."""
         return self._recorder.totals
@@ -254,7 +259,7 @@ def opened_terminator(
         def move(some: Sequence[Socket]) -> Sequence[Outcome]:
             return resteerer.resteer(some, engine.sever_sockets)
 
-        reach = Reach(maps, sockets, engine, move)
+        reach = Reach(maps, sockets, engine, move, resteerer.obstacles)
         yield Terminator(maps, installer, orders, recorder, limits=limits, reach=reach)
 
 

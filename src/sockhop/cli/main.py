@@ -27,6 +27,7 @@ _COMMANDS = {
     "get": "List services, backends or sockets.",
     "plan": "Print what an agent would change.",
     "render": "Print the desired state that manifests describe.",
+    "resteer": "Move connected UDP sockets to another backend.",
     "sever": "End sockets by hand, in all network namespaces.",
     "status": "Say whether and how balancing works here.",
     "verify": "Compare what should be, what is installed and what sockets do.",

@@ -26,7 +26,7 @@ _End: TypeAlias = tuple[bytes, int]
 class Obstacle(StrEnum):
     """Why a socket was not moved: a word for counters."""
 
-    NONE = "none"
+    NONE = "moved"
     KIND = "kind"
     """It is no connected UDP socket."""
     NO_DESCRIPTOR = "no_descriptor"
