@@ -104,15 +104,13 @@ static __always_inline __u32 *rules_of(struct bpf_sock_addr *ctx, __u64 word)
 	return bpf_map_lookup_elem(&policy_clients, &client);
 }
 
-static __always_inline struct policy_verdict *verdict_on(__u32 rules, const __be32 *address,
+static __always_inline struct policy_verdict *verdict_on(const struct policy_network *network,
 							 __u8 protocol, __u16 port)
 {
-	struct policy_network network = { .prefixlen = FULL_NETWORK, .rules = rules };
 	struct policy_port key = { .prefixlen = FULL_PORT };
 	__u32 *class;
 
-	copy_address(network.address, address);
-	class = bpf_map_lookup_elem(&policy_networks, &network);
+	class = bpf_map_lookup_elem(&policy_networks, network);
 	if (!class)
 		return 0;
 	key.group = READ_ONCE(*class);
@@ -133,8 +131,11 @@ static __always_inline bool count_denied(const struct policy_verdict *verdict)
 	return true;
 }
 
-/* Nothing is let through because a change is going on: what is not found is denied. */
-static __always_inline bool is_denied(struct bpf_sock_addr *ctx, const __be32 *address, __u16 port)
+/* Nothing is let through because a change is going on: what is not found is denied. `to` has the
+ * address. It is not copied: a hook and what it calls have 512 bytes of stack.
+ */
+static __always_inline bool is_denied(struct bpf_sock_addr *ctx, struct policy_network *to,
+				      __u16 port)
 {
 	__u64 *word = policy_setting(POLICY_WORD), *lost, now;
 	struct policy_verdict *verdict;
@@ -150,7 +151,9 @@ static __always_inline bool is_denied(struct bpf_sock_addr *ctx, const __be32 *a
 			continue;
 		if (!READ_ONCE(*rules))
 			return false;
-		verdict = verdict_on(READ_ONCE(*rules), address, ctx->protocol, port);
+		to->prefixlen = FULL_NETWORK;
+		to->rules = READ_ONCE(*rules);
+		verdict = verdict_on(to, ctx->protocol, port);
 		if (verdict)
 			return READ_ONCE(verdict->denied) && count_denied(verdict);
 	}
@@ -165,21 +168,22 @@ static __always_inline bool is_denied(struct bpf_sock_addr *ctx, const __be32 *a
  */
 static __always_inline bool is_denied4(struct bpf_sock_addr *ctx, __be32 source)
 {
-	__be32 address[4] = { 0, 0, MAPPED, ctx->user_ip4 };
+	struct policy_network to = { .address = { 0, 0, MAPPED, ctx->user_ip4 } };
 
-	if (!address[3]) {
+	if (!to.address[3]) {
 		/* A connected socket that sends with control data: it has been let through. */
 		if (!ctx->user_port)
 			return false;
-		address[3] = source ?: LOOPBACK4;
+		to.address[3] = source ?: LOOPBACK4;
 	}
-	return is_denied(ctx, address, bpf_ntohs(ctx->user_port));
+	return is_denied(ctx, &to, bpf_ntohs(ctx->user_port));
 }
 
 static __always_inline bool is_denied6(struct bpf_sock_addr *ctx, const __be32 *source)
 {
-	__be32 address[4] = { ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2],
-			      ctx->user_ip6[3] };
+	struct policy_network to = { .address = { ctx->user_ip6[0], ctx->user_ip6[1],
+						  ctx->user_ip6[2], ctx->user_ip6[3] } };
+	__be32 *address = to.address;
 
 	if (!address[0] && !address[1] && !address[2] && !address[3]) {
 		if (!ctx->user_port)
@@ -193,7 +197,7 @@ static __always_inline bool is_denied6(struct bpf_sock_addr *ctx, const __be32 *
 	} else if (is_mapped(address) && !address[3]) {
 		address[3] = is_mapped(source) && source[3] ? source[3] : LOOPBACK4;
 	}
-	return is_denied(ctx, address, bpf_ntohs(ctx->user_port));
+	return is_denied(ctx, &to, bpf_ntohs(ctx->user_port));
 }
 
 /* Functions of their own, which the verifier looks at once. */

@@ -34,7 +34,7 @@ class Loop:
 
     @contextlib.contextmanager
     def switching(self) -> Iterator[None]:
-        """Turn bypass on or off in the body: a connect() may meet one and getpeername() the other."""
+        """Turn bypass on or off: a connect() may meet one and getpeername() the other."""
         self._switches += 1
         try:
             yield

@@ -113,7 +113,7 @@ def test_the_unspecified_address_is_loopback(
 def test_a_mutant_that_takes_it_literally(
     policed: Policed, node: Node, kind: str, tmp_path: Path
 ) -> None:
-    with node.mutated(tmp_path / "m", ("address[3] = source ?: LOOPBACK4;", "")):
+    with node.mutated(tmp_path / "m", ("to.address[3] = source ?: LOOPBACK4;", "")):
         policed.apply(deny(rule("127.0.0.1/32")))
         assert not verdict("0.0.0.0", kind=kind)
 
