@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sockhop.datapath.moving import Mover
+from sockhop.datapath.records import Setting
 from sockhop.model import unpack_address
 from tests.datapath.moves import MOVED, Stage, ask, at, what
 from tests.datapath.programs import Program
@@ -68,6 +69,24 @@ def test_it_goes_back_and_forth(node: Stage, echoes: Echoes, program: Program, f
     # Where it was before counts until it is certain that it is not there.
     now = node.find(cookie)
     assert node.live()[unpack_address(now.remote_address), now.remote_port] == 1
+
+
+def test_a_socket_without_storage_is_moved(
+    node: Stage, echoes: Echoes, program: Program
+) -> None:
+    """What is remembered of it is in the LRU by its cookie."""
+    setting = Path("/proc/sys/net/core/optmem_max")
+    before = setting.read_text()
+    node.install(at(1, *both(1)))
+    setting.write_text("0")
+    try:
+        cookie = program.dial("10.9.0.1")
+    finally:
+        setting.write_text(before)
+    assert node.maps.setting(Setting.FALLBACK)
+    node.install(at(1, *both(2)))
+    assert what(node.move(cookie)) == MOVED
+    assert ask(program, echoes) == 2
 
 
 def refused(program: Program, dead: Echoes) -> None:

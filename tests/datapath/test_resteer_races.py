@@ -1,20 +1,26 @@
 """Programs that do something with a socket while it is being moved, and who may have it at all."""
 
+import os
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from sockhop.datapath import moving
-from sockhop.datapath.moving import Mover
+from sockhop.datapath.memory import SocketMemory
+from sockhop.datapath.moving import Kept, Mover
 from sockhop.datapath.outcome import Action
 from sockhop.datapath.owners import Owner, Owners
 from sockhop.datapath.resteer import Obstacle, Resteerer
 from sockhop.datapath.sockets import Sockets
+from sockhop.kernel.procfs import borrowed
+from sockhop.model import unpack_address
 from tests.datapath.kinds import namespace
 from tests.datapath.moves import MOVED, Stage, ask, at, fate, what
 from tests.datapath.node import service
@@ -146,6 +152,68 @@ def test_the_program_may_connect_while_others_are_moved(
     assert node.peer(cookie) == "127.0.1.3:7000"
 
 
+HAMMER = f"""
+def hammer(seconds):
+    import random, time
+    end, rounds = time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        own.connect(({VIP!r}, 53))
+        pause = time.monotonic() + random.random() * 0.001
+        while time.monotonic() < pause:
+            pass
+        for there in (({OTHER!r}, 53), ("127.0.1.4", 7000)):
+            own.connect(there)
+            if own.getpeername() != there:
+                return -1
+        rounds += 1
+    return rounds
+"""
+
+
+def hammer(node: Stage, program: Program, seconds: float) -> tuple[int, int]:
+    """Move a socket while its program connects it as fast as it can.
+
+    Return how often it was moved and how often the program went round, -1 if it was once not
+    connected to what it had just connected to.
+    """
+    node.install(at(1, *both(1, 2)), at(2, *both(3)))
+    base = node.find(program.dial(VIP))
+    (owner,) = node.resteerer._find_owners([base])[base.cookie]
+    program.do(f"exec({HAMMER!r})")
+    moved = 0
+    with (
+        ThreadPoolExecutor(1) as pool,
+        SocketMemory(node.sandbox.pins) as memory,
+        node.resteerer._mover(direct=False, dry=False) as mover,
+        borrowed(owner.holder) as own,
+    ):
+        rounds = pool.submit(program.do, f"hammer({seconds})")
+        while not rounds.done():
+            origin = memory.provenance(own)
+            assert origin is not None
+            target = base._replace(
+                remote_address=origin.backend_address,
+                remote_port=origin.backend_port,
+                origin=origin,
+            )
+            if unpack_address(origin.frontend_address) == VIP:
+                with suppress(Kept):
+                    mover.move(target, own, bound=False)
+                    moved += 1
+        return moved, rounds.result()
+
+
+def test_a_program_always_is_where_it_has_just_connected_to(node: Stage, program: Program) -> None:
+    moved, rounds = hammer(node, program, float(os.environ.get("SOCKHOP_HAMMER", "3")))
+    assert moved > 100
+    assert rounds > 100
+
+
+def test_else_it_would_soon_not_be(node: Stage, program: Program, tmp_path: Path) -> None:
+    with node.mutated(tmp_path, ("move && !is_still_there(ctx, move)", "0")):
+        assert hammer(node, program, 60)[1] == -1
+
+
 # --- its descriptor -------------------------------------------------------------------------------
 
 
@@ -202,6 +270,17 @@ def inherit(program: Program) -> int:
     """Let a child of the program have the socket, too."""
     program.do("own.set_inheritable(True)")
     return int(program.do("os.posix_spawn('/bin/sleep', ['sleep', '60'], os.environ)"))
+
+
+def test_without_the_iterator_proc_tells_who_has_it(
+    node: Stage, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before Linux 5.11."""
+    cookie = program.dial(VIP)
+    leave_one(node)
+    monkeypatch.setattr(node.resteerer, "_owners", None)
+    assert what(node.move(cookie)) == MOVED
+    assert node.peer(cookie) == "127.0.1.2:7000"
 
 
 def test_a_shared_socket_is_moved_for_all(node: Stage, echoes: Echoes, program: Program) -> None:

@@ -92,7 +92,7 @@ class _Seen(NamedTuple):
 
 
 class Mover:
-    """Moves sockets, one after the other."""
+    """Moves sockets, one after the other: a batch, in which services are read once."""
 
     def __init__(
         self,
@@ -111,6 +111,7 @@ class Mover:
         """
         self._maps, self._memory, self._fitting = maps, memory, fitting
         self._pid, self._direct, self._dry = pid, direct, dry
+        self._read: dict[tuple[_End, int], list[Candidate] | None] = {}
 
     def move(self, target: Socket, own: socket.socket, *, bound: bool) -> str:
         """Move the socket, of which *own* is a duplicate; return what was done, for people.
@@ -130,6 +131,7 @@ class Mover:
                 # The hook's answer where the backend that was chosen has just gone.
                 if error.errno != errno.EHOSTUNREACH or attempt == _ATTEMPTS - 1:
                     raise self._refusal(seen, error) from None
+                self._read.clear()
             else:
                 return self._confirm(seen)
         raise AssertionError
@@ -144,15 +146,22 @@ class Mover:
         dialled = target.remote_address, target.remote_port
         if origin and backend:
             dialled = origin.frontend_address, origin.frontend_port
-        key = FrontendKey(dialled[0], 0, dialled[1], socket.IPPROTO_UDP)
-        frontend = self._maps.find_frontend(key, socket_netns_cookie(own))
-        if frontend is None and not backend:
+        active = self._active(dialled, socket_netns_cookie(own))
+        if active is None and not backend:
             raise Kept(Obstacle.UNMANAGED, "it is not balanced, and its peer is no frontend")
-        if frontend is None and not self._direct:
+        if active is None and not self._direct:
             raise Kept(Obstacle.NO_SERVICE, f"{endpoint_of(dialled)} is no frontend any more")
-        active = active_backends(self._maps, frontend[1]) if frontend else None
         traits = Traits.of(own, netns=target.netns, local=target.local_address, bound=bound)
         return _Seen(target, own, _since(origin), backend, dialled, active, traits)
+
+    def _active(self, dialled: _End, netns_cookie: int) -> list[Candidate] | None:
+        """Return the active backends of a frontend, None where there is none; read once."""
+        place = dialled, netns_cookie
+        if place not in self._read:
+            key = FrontendKey(dialled[0], 0, dialled[1], socket.IPPROTO_UDP)
+            found = self._maps.find_frontend(key, netns_cookie)
+            self._read[place] = active_backends(self._maps, found[1]) if found else None
+        return self._read[place]
 
     def _choose(self, seen: _Seen) -> list[Candidate]:
         """Return the backends that it may go to: others than its own, that fit."""
