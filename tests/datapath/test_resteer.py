@@ -71,9 +71,7 @@ def test_it_goes_back_and_forth(node: Stage, echoes: Echoes, program: Program, f
     assert node.live()[unpack_address(now.remote_address), now.remote_port] == 1
 
 
-def test_a_socket_without_storage_is_moved(
-    node: Stage, echoes: Echoes, program: Program
-) -> None:
+def test_a_socket_without_storage_is_moved(node: Stage, echoes: Echoes, program: Program) -> None:
     """What is remembered of it is in the LRU by its cookie."""
     setting = Path("/proc/sys/net/core/optmem_max")
     before = setting.read_text()
