@@ -56,6 +56,7 @@ OPTIONS = {
     "membarrier": "MEMBARRIER",
     "SOCK_DESTROY for TCP": "INET_DIAG_DESTROY",
     "SOCK_DESTROY for UDP": "INET_DIAG_DESTROY",
+    "SOCK_DESTROY for raw": "INET_RAW_DIAG",
     "kprobe": "KPROBES",
 }
 FUNCTIONS = {

@@ -51,7 +51,7 @@ def command(output: str) -> None:
     happens without it; `-o json` has the kernel's reasons.
     """
     features = probe_features(bpffs_path())
-    facts = [*host_facts(), _provenance(bpffs_path())]
+    facts = [*host_facts(), _provenance(bpffs_path()), _ending(features)]
     missing = [f.name for f in features if f.required and f.available is False]
     unknown = [f.name for f in features if f.required and f.available is None]
     if output in ("json", "yaml"):
@@ -83,6 +83,17 @@ def _row(feature: Feature) -> _Row:
         feature.since,
         feature.without,
     )
+
+
+def _ending(features: list[Feature]) -> Fact:
+    """By which engine sockets are ended."""
+    available = {feature.name for feature in features if feature.available}
+    ways = []
+    if {"iter/tcp", "iter/udp", "bpf_sock_destroy"} <= available:
+        ways.append("iterator")
+    if {"SOCK_DESTROY for TCP", "SOCK_DESTROY for UDP"} <= available:
+        ways.append("netlink")
+    return Fact("ending sockets", ", or else ".join(ways) or "cannot be done")
 
 
 def _provenance(pins: Path) -> Fact:

@@ -8,11 +8,13 @@ import os
 import resource
 import socket
 import struct
+import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sockhop.kernel._libbpf import ffi, lib
+from sockhop.kernel.sockdiag import destroy_sockets
 
 __all__ = ["Lack", "Prober", "call", "copy", "ldx", "leave", "mov", "op"]
 
@@ -21,8 +23,7 @@ _QUIET_FUNCTION = "bpf_fentry_test1"
 _SK_OF_SOCK_ADDR = 64
 """Offset of `sk` in struct bpf_sock_addr (include/uapi/linux/bpf.h)."""
 _ENOTSUPP = 524  # the kernel's own, not in libc
-_SOCK_DIAG, _SOCK_DESTROY, _SO_COOKIE = 4, 21, 57
-_NLM_F_REQUEST_ACK, _NLMSG_ERROR = 5, 2
+_SO_COOKIE = 57
 
 
 class Lack(Exception):
@@ -263,12 +264,11 @@ class Prober:
         has no diagnosis for the protocol (net/ipv4/inet_diag.c).
         """
         try:
-            with socket.socket(socket.AF_INET, kind) as own:
+            with socket.socket(socket.AF_INET, kind, _PROTOCOLS[kind][1]) as own:
                 own.bind(("127.0.0.1", 0))
                 if kind == socket.SOCK_STREAM:
                     own.listen(1)
-                cookie = own.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
-                number = _ask_to_destroy(kind, own.getsockname()[1], cookie)
+                (number,) = destroy_sockets([_identity(kind, own)])
         except OSError as error:
             raise Lack(error.errno or 0, "making a socket on 127.0.0.1") from None
         if number:
@@ -328,18 +328,30 @@ def _complaint(log: str) -> str:
     return lines[-1] if lines else ""
 
 
-def _ask_to_destroy(kind: int, port: int, cookie: bytes) -> int:
-    """Send SOCK_DESTROY for 127.0.0.1:*port*; return the errno of the answer, 0 for done."""
-    protocol = socket.IPPROTO_TCP if kind == socket.SOCK_STREAM else socket.IPPROTO_UDP
-    # struct inet_diag_req_v2 (include/uapi/linux/inet_diag.h)
-    request = struct.pack("=BBBBI", socket.AF_INET, protocol, 0, 0, 0xFFFFFFFF)
-    request += struct.pack(">HH", port, 0) + socket.inet_aton("127.0.0.1").ljust(16, b"\0")
-    request += bytes(16) + struct.pack("=I", 0) + cookie
-    header = struct.pack("=IHHII", 16 + len(request), _SOCK_DESTROY, _NLM_F_REQUEST_ACK, 1, 0)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _SOCK_DIAG) as netlink:
-        netlink.settimeout(1)
-        netlink.send(header + request)
-        answer = netlink.recv(4096)
-    (what,) = struct.unpack_from("=H", answer, 4)
-    (result,) = struct.unpack_from("=i", answer, 16)
-    return -int(result) if what == _NLMSG_ERROR else errno.EPROTO
+class _Identity(NamedTuple):
+    """See :class:`sockhop.kernel.sockdiag.Identity`."""
+
+    protocol: int
+    family: int
+    local_address: bytes
+    local_port: int
+    remote_address: bytes
+    remote_port: int
+    interface: int
+    cookie: int
+
+
+def _identity(kind: int, own: socket.socket) -> _Identity:
+    diagnosis, protocol = _PROTOCOLS[kind]
+    cookie = int.from_bytes(own.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8), sys.byteorder)
+    here = bytes(10) + b"\xff\xff" + socket.inet_aton("127.0.0.1")
+    port = protocol or own.getsockname()[1]  # that of a raw socket is its protocol
+    return _Identity(diagnosis, socket.AF_INET, here, port, bytes(16), 0, 0, cookie)
+
+
+# What sock_diag(7) calls it, and the protocol of a socket to try it with: 253 is for experiments.
+_PROTOCOLS: dict[int, tuple[int, int]] = {
+    socket.SOCK_STREAM: (socket.IPPROTO_TCP, 0),
+    socket.SOCK_DGRAM: (socket.IPPROTO_UDP, 0),
+    socket.SOCK_RAW: (socket.IPPROTO_RAW, 253),
+}
