@@ -111,7 +111,7 @@ class Mover:
         """
         self._maps, self._memory, self._fitting = maps, memory, fitting
         self._pid, self._direct, self._dry = pid, direct, dry
-        self._read: dict[tuple[_End, int], list[Candidate] | None] = {}
+        self._read: dict[tuple[_End, int, int], list[Candidate] | None] = {}
 
     def move(self, target: Socket, own: socket.socket, *, bound: bool) -> str:
         """Move the socket, of which *own* is a duplicate; return what was done, for people.
@@ -146,7 +146,7 @@ class Mover:
         dialled = target.remote_address, target.remote_port
         if origin and backend:
             dialled = origin.frontend_address, origin.frontend_port
-        active = self._active(dialled, socket_netns_cookie(own))
+        active = self._active(dialled, socket_netns_cookie(own), target.cgroup)
         if active is None and not backend:
             raise Kept(Obstacle.UNMANAGED, "it is not balanced, and its peer is no frontend")
         if active is None and not self._direct:
@@ -154,9 +154,9 @@ class Mover:
         traits = Traits.of(own, netns=target.netns, local=target.local_address, bound=bound)
         return _Seen(target, own, _since(origin), backend, dialled, active, traits)
 
-    def _active(self, dialled: _End, netns_cookie: int) -> list[Candidate] | None:
+    def _active(self, dialled: _End, netns_cookie: int, cgroup: int) -> list[Candidate] | None:
         """Return the active backends of a frontend, None where there is none; read once."""
-        place = dialled, netns_cookie
+        place = dialled, netns_cookie, cgroup
         if place not in self._read:
             key = FrontendKey(dialled[0], 0, dialled[1], socket.IPPROTO_UDP)
             found = self._maps.find_frontend(key, netns_cookie)
