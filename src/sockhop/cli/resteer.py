@@ -24,10 +24,10 @@ _COLUMNS = (Column("ACTION", "action"), Column("REASON", "why"), *SOCKET_COLUMNS
 def command(filters: tuple[str, ...], yes: bool, sever: bool, output: str) -> int:
     """Move the connected UDP sockets that FILTER means to another backend of what they dialled.
 
-    FILTER is as for `sockhop sever`. The programs keep their sockets and notice nothing: docs/
-    resteering.md says which sockets cannot be moved. Those are left, or severed with --sever.
-    Without --yes it only says what it would do. Status 1 if nothing was, or would be, moved or
-    severed, 3 if the kernel refused to end one.
+    FILTER is as for `sockhop sever`. The programs keep their sockets and notice nothing. Sockets
+    that cannot be moved (docs/resteering.md) are left, or severed with --sever. Without --yes it
+    only says what it would do. Status 1 if nothing was, or would be, moved or severed, 3 if the
+    kernel refused to end one.
     """
     from sockhop.agent.by_hand import resteer_by_hand  # noqa: PLC0415 (slow to import)
     from sockhop.datapath.ending import Action  # noqa: PLC0415
