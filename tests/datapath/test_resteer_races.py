@@ -17,6 +17,7 @@ from sockhop.datapath.memory import SocketMemory
 from sockhop.datapath.moving import Kept, Mover
 from sockhop.datapath.outcome import Action
 from sockhop.datapath.owners import Owner, Owners
+from sockhop.datapath.records import Move, Setting
 from sockhop.datapath.resteer import Obstacle, Resteerer
 from sockhop.datapath.sockets import Sockets
 from sockhop.kernel.procfs import borrowed
@@ -212,6 +213,20 @@ def test_a_program_always_is_where_it_has_just_connected_to(node: Stage, program
 def test_else_it_would_soon_not_be(node: Stage, program: Program, tmp_path: Path) -> None:
     with node.mutated(tmp_path, ("move && !is_still_there(ctx, move)", "0")):
         assert hammer(node, program, 60)[1] == -1
+
+
+def test_what_a_killed_mover_has_left_is_removed(node: Stage, program: Program) -> None:
+    cookie = program.dial(VIP)
+    stale = Move(bytes(16), 1, program.process.pid, 0, 1)
+    node.maps.moves.set(cookie, stale)
+    node.maps.settings.set(Setting.MOVING, 1)
+    with pytest.raises(OSError, match="canceled"):
+        program.do(f"own.connect(({VIP!r}, 53))")
+    with Resteerer(node.sandbox.pins):
+        pass
+    assert not node.maps.setting(Setting.MOVING)
+    assert node.maps.moves.items() == []
+    program.do(f"own.connect(({VIP!r}, 53))")
 
 
 # --- its descriptor -------------------------------------------------------------------------------

@@ -55,6 +55,8 @@ class Resteerer:
             self._maps = stack.enter_context(BalanceMaps(pins))
             self._memory = stack.enter_context(SocketMemory(pins))
             self._owners = _load_owners(stack)
+            with self._watched():
+                pass  # if one was killed while it moved sockets, the hooks still look
             self._stack = stack.pop_all()
 
     def close(self) -> None:
