@@ -20,6 +20,17 @@ int64_t ask_and_close(int type, const uint32_t *addresses, const uint16_t *ports
 int serve_tcp(int listener);
 int serve_udp(int fd);
 
+/* Talks over one connected socket, again and again: exchange() sends `size` bytes and takes as many
+ * back, `count` times; stream() sends `size` bytes `count` times. Both return 0 or -errno, and what
+ * it took. serve_talk() is the other end, for one connection after the other.
+ */
+struct taken {
+    int64_t wall, client_cpu, server_cpu; /* ns */
+};
+int exchange(int fd, uint32_t size, uint32_t count, struct taken *taken);
+int stream(int fd, uint32_t size, uint32_t count, struct taken *taken);
+int serve_talk(int listener);
+
 int unshare(int flags);
 #define AT_ONCE ...
 #define CLONE_NEWNET ...
@@ -156,6 +167,130 @@ static int serve_udp(int fd)
             return -errno;
         if (n >= 0)
             sendto(fd, message, n, 0, (struct sockaddr *)&client, size);
+    }
+}
+"""
+
+SOURCE += r"""
+#include <stdlib.h>
+
+struct taken {
+    int64_t wall, client_cpu, server_cpu;
+};
+
+/* What comes next, so that the server needs to be told nothing else. */
+struct order {
+    uint32_t is_stream, size, count;
+};
+
+#define LONGEST (1 << 20)
+static char room[2][LONGEST];
+
+static int64_t spent(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return t.tv_sec * 1000000000LL + t.tv_nsec;
+}
+
+/* Not MSG_WAITALL: on a spliced socket it returns early. */
+static bool receive_all(int fd, void *into, size_t size)
+{
+    for (size_t got = 0; got < size;) {
+        ssize_t n = recv(fd, (char *)into + got, size - got, 0);
+
+        if (n < 0 && (errno == EINTR || errno == EAGAIN))
+            continue;
+        if (n <= 0)
+            return false;
+        got += n;
+    }
+    return true;
+}
+
+static bool send_all(int fd, const void *from, size_t size)
+{
+    for (size_t sent = 0; sent < size;) {
+        ssize_t n = send(fd, (const char *)from + sent, size - sent, MSG_NOSIGNAL);
+
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            return false;
+        sent += n;
+    }
+    return true;
+}
+
+static int talk(int fd, struct order order, struct taken *taken)
+{
+    int64_t begin, cpu;
+
+    errno = EPIPE;
+    if (order.size > LONGEST || !send_all(fd, &order, sizeof(order)) ||
+        !receive_all(fd, room[0], 1))
+        return -errno;
+    begin = now();
+    cpu = spent();
+    for (uint32_t i = 0; i < order.count; i++)
+        if (!send_all(fd, room[0], order.size) ||
+            (!order.is_stream && !receive_all(fd, room[0], order.size)))
+            return -errno;
+    taken->client_cpu = spent() - cpu;
+    if (!receive_all(fd, &taken->server_cpu, sizeof(taken->server_cpu)))
+        return -errno;
+    taken->wall = now() - begin;
+    return 0;
+}
+
+static int exchange(int fd, uint32_t size, uint32_t count, struct taken *taken)
+{
+    return talk(fd, (struct order){ 0, size, count }, taken);
+}
+
+static int stream(int fd, uint32_t size, uint32_t count, struct taken *taken)
+{
+    return talk(fd, (struct order){ 1, size, count }, taken);
+}
+
+static bool obey(int fd)
+{
+    struct order order;
+    int64_t cpu;
+
+    if (!receive_all(fd, &order, sizeof(order)) || !send_all(fd, "", 1))
+        return false;
+    cpu = spent();
+    if (order.is_stream) {
+        for (uint64_t left = (uint64_t)order.size * order.count; left;) {
+            ssize_t n = recv(fd, room[1], left < LONGEST ? left : LONGEST, 0);
+
+            if (n <= 0 && !(n < 0 && (errno == EINTR || errno == EAGAIN)))
+                return false;
+            left -= n > 0 ? n : 0;
+        }
+    } else {
+        for (uint32_t i = 0; i < order.count; i++)
+            if (!receive_all(fd, room[1], order.size) || !send_all(fd, room[1], order.size))
+                return false;
+    }
+    cpu = spent() - cpu;
+    return send_all(fd, &cpu, sizeof(cpu));
+}
+
+static int serve_talk(int listener)
+{
+    for (;;) {
+        int fd = accept4(listener, 0, 0, SOCK_CLOEXEC);
+
+        if (fd < 0 && errno != EINTR && errno != ECONNABORTED)
+            return -errno;
+        if (fd < 0)
+            continue;
+        while (obey(fd))
+            ;
+        close(fd);
     }
 }
 """

@@ -6,7 +6,20 @@ import msgspec
 
 from sockhop.model import Protocol
 
-__all__ = ["Answer", "Listen", "Loop", "Operation", "Places", "Request", "Stages", "Watch"]
+__all__ = [
+    "Answer",
+    "Dial",
+    "Listen",
+    "Loop",
+    "Operation",
+    "Pin",
+    "Places",
+    "Request",
+    "Stages",
+    "Talk",
+    "TalkServer",
+    "Watch",
+]
 
 
 class Operation(StrEnum):
@@ -63,7 +76,38 @@ class Stages(msgspec.Struct, tag=True):
     pins: str
 
 
-Request = Places | Loop | Listen | Watch | Stages
+class Pin(msgspec.Struct, tag=True):
+    """Run on this CPU from now on."""
+
+    cpu: int
+
+
+class TalkServer(msgspec.Struct, tag=True):
+    """Answer :class:`Talk` at an IPv4 address and port, or where that is 0 at a Unix path."""
+
+    where: str
+    port: int
+
+
+class Dial(msgspec.Struct, tag=True):
+    """Connect to a :class:`TalkServer`; what was connected before is closed."""
+
+    where: str
+    port: int
+
+
+class Talk(msgspec.Struct, tag=True):
+    """Exchange messages of `size` bytes, or stream them, over what was dialled.
+
+    The answer's stages are the nanoseconds `wall`, `client_cpu` and `server_cpu`.
+    """
+
+    is_stream: bool
+    size: int
+    count: int
+
+
+Request = Places | Loop | Listen | Watch | Stages | Pin | TalkServer | Dial | Talk
 
 
 class Answer(msgspec.Struct):

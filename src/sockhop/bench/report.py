@@ -14,7 +14,18 @@ from sockhop.bench.messages import Operation
 from sockhop.bench.rooms import Cpus
 from sockhop.model import Protocol
 
-__all__ = ["ConnectReport", "Form", "Machine", "Result", "Run", "Spread", "SyncReport", "spread_of"]
+__all__ = [
+    "ConnectReport",
+    "Form",
+    "Machine",
+    "Result",
+    "Run",
+    "SpliceReport",
+    "SpliceResult",
+    "Spread",
+    "SyncReport",
+    "spread_of",
+]
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -111,6 +122,35 @@ class ConnectReport(msgspec.Struct, frozen=True):
     backends: int
     versions: dict[str, str]
     runs: list[Run]
+
+
+class SpliceResult(msgspec.Struct, frozen=True):
+    """One peer's messages of one size, or connections where `what` is setup.
+
+    `nanoseconds` by the clock and by the CPU time of both ends together, for each. The ratios are
+    those of samples of the same round, plain TCP's time by this one's: above 1 is better.
+    """
+
+    what: str
+    place: str
+    cpus: str
+    size: int
+    peer: str
+    nanoseconds: Spread
+    cpu_nanoseconds: Spread
+    speed_to_plain: Spread
+    per_cpu_to_plain: Spread
+    samples: list[list[float]]
+
+
+class SpliceReport(msgspec.Struct, frozen=True):
+    """`sockhop bench splice`."""
+
+    benchmark: str
+    command: list[str]
+    machine: Machine
+    rounds: int
+    results: list[SpliceResult]
 
 
 class Form(msgspec.Struct, frozen=True):

@@ -94,6 +94,10 @@ class Room:
         self.run("ip", "link", "set", "lo", "up")
         self.client = Worker(self.start(*_WORKER, str(cpus.client), **_PIPES))
 
+    def far_client(self) -> Worker:
+        """Return a client in a network namespace of its own."""
+        return Worker(self._start_worker(self.cpus.client, "new"))
+
     def start(self, *command: str, **options: Any) -> subprocess.Popen[bytes]:
         """Start a command here, out of reach of the terminal's Ctrl-C."""
         with netns.entered(self.netns):

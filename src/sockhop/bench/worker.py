@@ -18,12 +18,16 @@ import msgspec
 from sockhop.bench._loops import ffi, lib
 from sockhop.bench.messages import (
     Answer,
+    Dial,
     Listen,
     Loop,
     Operation,
+    Pin,
     Places,
     Request,
     Stages,
+    Talk,
+    TalkServer,
     Watch,
 )
 from sockhop.errors import SockhopError
@@ -42,6 +46,7 @@ _WARM_UP = 64
 class _Worker:
     def __init__(self) -> None:
         self._places: dict[str, tuple[Any, Any, int]] = {}
+        self._dialled: socket.socket | None = None
 
     def answer(self, request: Request) -> Answer:
         match request:
@@ -53,11 +58,42 @@ class _Worker:
                 return _listen(request)
             case Watch():
                 return _watch(request)
+            case Pin():
+                os.sched_setaffinity(0, {request.cpu})
+                return Answer()
+            case TalkServer() | Dial() | Talk():
+                return self._talk(request)
             case Stages():
                 # It imports all of the agent, which no other worker needs.
                 from sockhop.bench.stages import measure_stages  # noqa: PLC0415
 
                 return Answer(stages=measure_stages(Path(request.manifests), Path(request.pins)))
+
+    def _talk(self, request: TalkServer | Dial | Talk) -> Answer:
+        match request:
+            case TalkServer():
+                made = _talk_socket(request.port)
+                made.bind((request.where, request.port) if request.port else request.where)
+                made.listen(16)
+                serve = threading.Thread(target=lib.serve_talk, args=(made.detach(),), daemon=True)
+                serve.start()
+            case Dial():
+                if self._dialled is not None:
+                    self._dialled.close()
+                self._dialled = _talk_socket(request.port)
+                self._dialled.connect(
+                    (request.where, request.port) if request.port else request.where
+                )
+            case Talk():
+                assert self._dialled is not None
+                loop = lib.stream if request.is_stream else lib.exchange
+                taken = ffi.new("struct taken *")
+                result = loop(self._dialled.fileno(), request.size, request.count, taken)
+                if result < 0:
+                    return Answer(error=f"{request}: {os.strerror(-result)}")
+                names = ("wall", "client_cpu", "server_cpu")
+                return Answer(stages={name: float(getattr(taken, name)) for name in names})
+        return Answer()
 
     def _keep(self, request: Places) -> Answer:
         addresses = ffi.new("uint32_t[]", len(request.places))
@@ -77,6 +113,13 @@ class _Worker:
                 f"{os.strerror(-result)}"
             )
         return Answer(value=result)
+
+
+def _talk_socket(port: int) -> socket.socket:
+    made = socket.socket(socket.AF_INET if port else socket.AF_UNIX)
+    if port:
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return made
 
 
 def _listen(request: Listen) -> Answer:

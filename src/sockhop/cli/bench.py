@@ -16,7 +16,15 @@ from sockhop.cli.output import table
 from sockhop.errors import InputError, SockhopError, SystemLackError
 
 if TYPE_CHECKING:
-    from sockhop.bench.report import ConnectReport, Form, Result, Run, Spread, SyncReport
+    from sockhop.bench.report import (
+        ConnectReport,
+        Form,
+        Result,
+        Run,
+        SpliceReport,
+        Spread,
+        SyncReport,
+    )
     from sockhop.bench.rooms import Site
 
 __all__ = ["command"]
@@ -24,6 +32,7 @@ __all__ = ["command"]
 R = TypeVar("R")
 
 _QUICK_ROUNDS, _ROUNDS = 5, 41
+_SPLICE_ROUNDS = 11
 _SIZES = (1, 1_000, 10_000, 100_000)
 _MOST = 131_072  # what the maps have room for
 _OPERATIONS = {"connect": "connect, close", "ask": "connect, 64 B there and back, close"}
@@ -46,12 +55,6 @@ def _options(default_services: int | None) -> Callable[[Callable[..., Any]], Cal
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
         for option in (
             click.option(
-                "--output",
-                type=click.Path(dir_okay=False, path_type=Path),
-                help="Write the JSON to this file, not to standard output.",
-            ),
-            click.option("--quick", is_flag=True, help="Fewer and smaller measurements."),
-            click.option(
                 "--services",
                 type=click.IntRange(1, _MOST),
                 multiple=several,
@@ -63,9 +66,23 @@ def _options(default_services: int | None) -> Callable[[Callable[..., Any]], Cal
             ),
         ):
             function = option(function)
-        return global_options(function)
+        return _output_options(function)
 
     return add
+
+
+def _output_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what every benchmark takes: --quick, --output."""
+    for option in (
+        click.option(
+            "--output",
+            type=click.Path(dir_okay=False, path_type=Path),
+            help="Write the JSON to this file, not to standard output.",
+        ),
+        click.option("--quick", is_flag=True, help="Fewer and smaller measurements."),
+    ):
+        function = option(function)
+    return global_options(function)
 
 
 @command.command(epilog="Example: sockhop bench connect --services 10000 --plot connect.svg")
@@ -149,6 +166,31 @@ def sync(services: int | None, quick: bool, output: Path | None, backends: int) 
     _say(_sync_table(report))
 
 
+@command.command(epilog="Example: sockhop bench splice --output splice.json")
+@_output_options
+@click.option(
+    "--rounds",
+    type=click.IntRange(2, 10_000),
+    help=f"How many samples are taken of everything [default: {_SPLICE_ROUNDS}].",
+)
+def splice(quick: bool, output: Path | None, rounds: int | None) -> None:
+    """Measure splicing beside plain TCP, a sockhash by tuple and Unix sockets.
+
+    Messages there and back, on one CPU and on two, streams, and setting connections up; on loopback
+    and between two network namespaces. A table goes to standard error, JSON to standard output.
+    """
+    from sockhop.bench.splice import SplicePlan, measure_splice  # noqa: PLC0415 (slow)
+
+    plan = SplicePlan(
+        rounds=rounds or (2 if quick else _SPLICE_ROUNDS),
+        exchanges=(64, 4096) if quick else (1, 64, 1024, 4096, 16384, 65536),
+        streams=(16384,) if quick else (1024, 4096, 16384, 65536, 131072),
+    )
+    report = _perform([output], lambda site: measure_splice(site, plan, sys.argv[1:], _say))
+    _publish(report, output)
+    _say(_splice_table(report))
+
+
 def _perform(files: list[Path | None], measure: "Callable[[Site], R]") -> R:
     """Call *measure* with a site of its own, which is removed however that ends."""
     from sockhop.bench.rooms import Site  # noqa: PLC0415 (needs the extension)
@@ -190,7 +232,7 @@ def _require_root() -> None:
         )
 
 
-def _publish(report: "ConnectReport | SyncReport", output: Path | None) -> None:
+def _publish(report: "ConnectReport | SpliceReport | SyncReport", output: Path | None) -> None:
     text = msgspec.json.format(msgspec.json.encode(report), indent=2).decode()
     if output:
         output.write_text(text + "\n")
@@ -232,6 +274,28 @@ def _result_row(run: "Run", result: "Result") -> list[str]:
 
 def _quartiles(spread: "Spread", form: str) -> str:
     return f"{spread.lower:{form}} – {spread.upper:{form}}"
+
+
+def _splice_table(report: "SpliceReport") -> str:
+    rows = [["WHAT", "PLACE", "CPUS", "BYTES", "PEER", "ns", "CPU ns", "SPEED × PLAIN", "QUARTILES",
+             "PER CPU × PLAIN", "QUARTILES"]]  # fmt: skip
+    for result in report.results:
+        rows.append(
+            [
+                result.what,
+                result.place,
+                result.cpus,
+                f"{result.size:,}" if result.size else "",
+                result.peer,
+                f"{result.nanoseconds.median:,.0f}",
+                f"{result.cpu_nanoseconds.median:,.0f}",
+                f"{result.speed_to_plain.median:.2f}",
+                _quartiles(result.speed_to_plain, ".2f"),
+                f"{result.per_cpu_to_plain.median:.2f}",
+                _quartiles(result.per_cpu_to_plain, ".2f"),
+            ]
+        )
+    return f"{table(rows)}\n\n{report.rounds} rounds; {report.machine.cpu}"
 
 
 def _sync_table(report: "SyncReport") -> str:
