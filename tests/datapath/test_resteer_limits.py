@@ -107,6 +107,26 @@ def test_else_it_would_send_from_an_address_of_the_other_network(
     assert_severed(program)
 
 
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [("10.50.0.2:7000", both(1)[0]), ("[fd00:96::1]:9", both(1)[1])],
+    ids=["IPv4", "IPv6"],
+)
+def test_within_the_node_every_address_will_do(
+    node: Stage, wires: None, echoes: Echoes, program: Program, first: str, then: str
+) -> None:
+    node.install(at(1, first))
+    cookie = program.dial("fd00:9::1" if "[" in first else VIP)
+    source = program.do("own.getsockname()")
+    node.install(at(1, then))
+    assert what(node.move(cookie)) == MOVED
+    assert ask(program, echoes) == 1
+    assert program.do("own.getsockname()") == source
+    node.install(at(1, first))
+    assert what(node.move(cookie)) == MOVED
+    assert node.peer(cookie) == first
+
+
 @pytest.mark.parametrize("algorithm", ["random", "round-robin", "maglev", "least-connections"])
 def test_a_backend_is_chosen_that_fits(
     node: Stage, wires: None, program: Program, algorithm: str
@@ -114,7 +134,7 @@ def test_a_backend_is_chosen_that_fits(
     cookie = dial_over_there(node, program)
     for number in range(3, 15):
         fits = f"10.50.0.{number}:7000"
-        node.install(at(1, "10.51.0.2:7000", fits, "127.0.0.1:7000", algorithm=algorithm))
+        node.install(at(1, "10.51.0.2:7000", fits, "10.51.0.3:7000", algorithm=algorithm))
         assert what(node.move(cookie)) == MOVED
         assert node.peer(cookie) == fits
 

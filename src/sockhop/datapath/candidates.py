@@ -2,7 +2,8 @@
 
 A socket that has a source address keeps it when it connects again (__ip4_datagram_connect()), so
 one at 127.0.0.1 cannot leave the node (EINVAL), and one at eth0's address would send from there
-through eth1. A backend fits where a new socket would get the address that the old one has.
+through eth1. A backend fits where a new socket would get the address that the old one has, and
+where what is sent does not leave the network namespace: then every address of it will do.
 """
 
 import itertools
@@ -13,7 +14,7 @@ from typing import NamedTuple
 from sockhop.datapath.balancer import BalanceMaps
 from sockhop.datapath.records import STATES, FrontendRecord, SlotKey, word_generation
 from sockhop.kernel.netns import entered, netns_of
-from sockhop.kernel.routes import Routes
+from sockhop.kernel.routes import Route, Routes
 from sockhop.model import BackendState
 
 __all__ = ["Candidate", "Fitting", "Traits", "active_backends"]
@@ -89,7 +90,7 @@ class Fitting:
 
     def __init__(self) -> None:
         self._routes: dict[int, Routes] = {}
-        self._sources: dict[tuple[Traits, bytes], bytes | None] = {}
+        self._found: dict[tuple[Traits, bytes], Route | None] = {}
 
     def close(self) -> None:
         """Forget everything."""
@@ -104,20 +105,30 @@ class Fitting:
         self.close()
 
     def source(self, own: socket.socket, traits: Traits, to: bytes) -> bytes | None:
-        """Return the source address that a socket like *own* gets; None without a route."""
+        """Return the source address with which *own* can be there; None without a route.
+
+        Within a network namespace that is any: the answers find it, too.
+        """
         question = traits, to
-        if question not in self._sources:
-            self._sources[question] = self._routes_of(own, traits.netns).source(
+        if question not in self._found:
+            self._found[question] = self._routes_of(own, traits.netns).find(
                 to,
                 bound=traits.local if traits.bound else b"",
                 device=traits.device,
                 mark=traits.mark,
                 uid=traits.uid,
             )
-        return self._sources[question]
+        route = self._found[question]
+        if route and route.local and _is_mapped(to) == _is_mapped(traits.local):
+            return traits.local
+        return route and route.source
 
     def _routes_of(self, own: socket.socket, netns: int) -> Routes:
         if netns not in self._routes:
             with netns_of(own) as path, entered(path):
                 self._routes[netns] = Routes()
         return self._routes[netns]
+
+
+def _is_mapped(address: bytes) -> bool:
+    return address[:12] == bytes(10) + b"\xff\xff"

@@ -4,21 +4,29 @@ import errno
 import socket
 import struct
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from sockhop.kernel.syscall import KernelError
 
-__all__ = ["Routes"]
+__all__ = ["Route", "Routes"]
 
 _RTM_GETROUTE = 26
 _NLM_F_REQUEST = 0x1
 _NLMSG_ERROR = 2
 _RTA_DST, _RTA_SRC, _RTA_OIF, _RTA_PREFSRC, _RTA_MARK, _RTA_UID = 1, 2, 4, 7, 16, 25
-_RTN_UNICAST, _RTN_MULTICAST = 1, 5
+_RTN_UNICAST, _RTN_LOCAL, _RTN_MULTICAST = 1, 2, 5
 _MAPPED = bytes(10) + b"\xff\xff"
 
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
 _ROUTE = struct.Struct("=8BI")  # struct rtmsg: family, two prefix lengths, ..., type, flags
 _ATTRIBUTE = struct.Struct("=HH")  # struct rtattr: length, type
+
+
+class Route(NamedTuple):
+    """The source address of what is sent along it; `local`: it does not leave the namespace."""
+
+    source: bytes
+    local: bool
 
 
 class Routes:
@@ -37,10 +45,10 @@ class Routes:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def source(
+    def find(
         self, to: bytes, *, bound: bytes = b"", device: int = 0, mark: int = 0, uid: int = 0
-    ) -> bytes | None:
-        """Return the source address of what is sent *to* there; None where nothing can be.
+    ) -> Route | None:
+        """Return the route of what is sent *to* there; None where nothing can be.
 
         Addresses are 16 bytes, IPv4 mapped. *bound* is the source that the socket is bound to,
         *device* the index of its interface, *mark* its SO_MARK, *uid* its owner. This is what
@@ -62,7 +70,7 @@ class Routes:
         self._netlink.send(_HEADER.pack(size, _RTM_GETROUTE, _NLM_F_REQUEST, 0, 0) + asked)
         return self._answer(self._netlink.recv(1 << 16), bound)
 
-    def _answer(self, data: bytes, bound: bytes) -> bytes | None:
+    def _answer(self, data: bytes, bound: bytes) -> Route | None:
         _, kind, *_ = _HEADER.unpack_from(data)
         if kind == _NLMSG_ERROR:
             (number,) = struct.unpack_from("=i", data, _HEADER.size)
@@ -75,8 +83,9 @@ class Routes:
             return None
         for number, value in _attributes(data, _HEADER.size + _ROUTE.size):
             if number == _RTA_PREFSRC:
-                return _MAPPED + value if len(value) == 4 else value
-        return bound or None
+                source = _MAPPED + value if len(value) == 4 else value
+                return Route(source, kind == _RTN_LOCAL)
+        return Route(bound, kind == _RTN_LOCAL) if bound else None
 
 
 # EINVAL: no such source, or 127.0.0.1 as the source of what leaves the node.
