@@ -37,6 +37,8 @@ busybox mount -t bpf bpf /sys/fs/bpf
 for module in /modules/*.ko; do busybox insmod "$module" || echo "insmod $module failed"; done
 ip link set lo up
 cd {repo}
+sockhop features -o json >/features || true
+echo "FEATURES $(busybox tr -d '\n' </features)"
 echo BEGIN
 {python} -m pytest -p no:cacheprovider -v --color=no --tb=short {arguments}
 echo "END $?"

@@ -1,5 +1,6 @@
 """A virtual machine that boots a kernel, runs pytest and ends: QEMU, without KVM."""
 
+import json
 import os
 import re
 import subprocess
@@ -27,6 +28,8 @@ class Report(NamedTuple):
     outcomes: dict[str, str]
     status: int | None
     console: str
+    lacking: frozenset[str]
+    """The features that `sockhop features` did not find there."""
 
     def failures(self) -> list[str]:
         """Return the tests that did not pass, skipped ones too."""
@@ -53,4 +56,7 @@ def run_tests(kernel: Kernel, arguments: str, *, seconds: float = 900) -> Report
     begun, _, told = text.partition("BEGIN\n")
     outcomes = {match[1]: match[2] for line in told.splitlines() if (match := _OUTCOME.match(line))}
     ended = re.search(r"^END (\d+)$", told, re.MULTILINE)
-    return Report(outcomes, int(ended[1]) if ended else None, text if told else begun)
+    features = re.search(r"^FEATURES (.*)$", begun, re.MULTILINE)
+    listed = json.loads(features[1])["features"] if features else []
+    lacking = frozenset(each["name"] for each in listed if not each["available"])
+    return Report(outcomes, int(ended[1]) if ended else None, text, lacking)

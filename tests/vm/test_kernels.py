@@ -19,14 +19,11 @@ KERNELS = os.environ.get("SOCKHOP_VM_KERNELS", "6.1,6.12,newest").split(",")
 CAPABILITIES = {
     "agent: load, attach, follow, detach": [
         "tests/agent/test_agent.py::test_a_changed_manifest_is_followed",
-        "tests/agent/test_agent.py::test_no_backend_is_said_at_once",
         "tests/agent/test_agent.py::test_the_datapath_outlives_the_agent",
         "tests/agent/test_agent.py::test_detach_on_exit",
     ],
-    "clients: by namespace, by cgroup": [
-        "tests/agent/test_agent.py::test_a_service_for_one_namespace",
-        "tests/agent/test_agent.py::test_a_service_for_some_cgroups",
-    ],
+    "clients by namespace": ["tests/agent/test_agent.py::test_a_service_for_one_namespace"],
+    "clients by cgroup": ["tests/agent/test_agent.py::test_a_service_for_some_cgroups"],
     "algorithms and affinity": [
         "tests/datapath/test_statistics.py::test_round_robin_is_exact",
         "tests/datapath/test_statistics.py::test_maglev_keeps_what_is_bound",
@@ -45,6 +42,13 @@ CAPABILITIES = {
     "sever, by netlink": ["tests/datapath/test_ending.py", "-k netlink"],
 }
 
+# What a kernel may lack, as `sockhop features` there names it; without it that is not to work.
+NEEDS = {
+    "clients by cgroup": "bpf_rdonly_cast",
+    "sever, by iterator": "bpf_sock_destroy",
+    "sever, by netlink": "SOCK_DESTROY for TCP",
+}
+
 
 class Run(NamedTuple):
     """A kernel and what the tests said there."""
@@ -58,7 +62,7 @@ def run(request: pytest.FixtureRequest) -> Run:
     kernel = fetch(request.param)
     tests = sorted({part for parts in CAPABILITIES.values() for part in parts if "::" in part
                     or part.endswith(".py")})  # fmt: skip
-    return Run(kernel, run_tests(kernel, " ".join(tests), seconds=2400))
+    return Run(kernel, run_tests(kernel, " ".join(tests) + " -k 'not mutant'", seconds=2400))
 
 
 def outcomes(report: Report, capability: str) -> dict[str, str]:
@@ -79,4 +83,7 @@ def test_it_works_there(run: Run, capability: str) -> None:
     print(f"{run.kernel.release}: {capability}: {len(found)} tests")
     assert found, run.report.console[-3000:]
     bad = {name: outcome for name, outcome in found.items() if outcome != "PASSED"}
-    assert not bad, run.report.console[-6000:]
+    if NEEDS.get(capability) in run.report.lacking:
+        assert bad, "it works without what it needs"
+    else:
+        assert not bad, run.report.console[-6000:]

@@ -12,19 +12,21 @@ from sockhop.agent.installed import read_installed
 from sockhop.agent.plan import Installed, InstalledEntry, InstalledMember, Plan
 from sockhop.agent.target import Entry, Member
 from sockhop.datapath.balancer import BalanceMaps
+from sockhop.datapath.policies import can_tell_cgroups
 from sockhop.datapath.records import (
     BLOCK_ENTRIES,
     FRONTEND_TYPES,
     STATES,
     ClientKey,
     Counters,
+    FrontendFlag,
     FrontendKey,
     Setting,
     SlotKey,
     word,
 )
 from sockhop.datapath.shares import alias_table, table_for
-from sockhop.errors import SockhopError
+from sockhop.errors import SockhopError, SystemLackError
 from sockhop.kernel.maps import Map
 from sockhop.kernel.syscall import grace_period
 from sockhop.model import Algorithm, Backend, Protocol, pack_address
@@ -81,11 +83,13 @@ class Installer:
     def apply(self, plan: Plan) -> int:
         """Make the maps what *plan* says; return the generation that the change got.
 
+        SystemLackError before anything is written where the kernel lacks what it needs,
         CapacityError before anything is written where a map has no room for it, ReadBackError
         where the maps hold something else afterwards.
         """
         if not plan:
             return self._maps.setting(Setting.GENERATION)
+        _check_cgroups(plan)
         check_capacity(map_needs(plan, self.installed, self._usage, self._maps.sizes()))
         self._written.clear()
         generation = self._maps.setting(Setting.GENERATION) + 1
@@ -288,6 +292,17 @@ class Installer:
         return self.installed.members[
             Member(entry.service, backend.address, backend.port, protocol)
         ].id
+
+
+def _check_cgroups(plan: Plan) -> None:
+    """Raise SystemLackError where the hooks could not tell for whom a frontend is."""
+    for entry in plan.added.values():
+        if entry.flags & FrontendFlag.CLIENTS and not can_tell_cgroups():
+            raise SystemLackError(
+                f"{entry.service}: clients.cgroups and clients.exclude need bpf_rdonly_cast, "
+                "which this kernel (before Linux 6.2) does not have",
+                hint="nothing was changed; leave them out, or use clients.namespaces",
+            )
 
 
 def _word_of(new: InstalledEntry) -> int:

@@ -379,6 +379,13 @@ _PROBES = (
         _own_descriptor,
     ),
     _Probe(
+        "bpf_rdonly_cast",
+        "telling sockets apart by cgroup: clients.cgroups, clients.exclude, policies",
+        "a service that names cgroups, and such policies, are refused",
+        _Since("6.2", "a35b9af4ec2c", "bpf: Add a kfunc for generic type cast"),
+        lambda prober: prober.kfunc("bpf_rdonly_cast"),
+    ),
+    _Probe(
         "iter/tcp",
         "ending TCP sockets of backends that are gone, in one pass",
         "SOCK_DESTROY ends them, one message a socket",

@@ -221,6 +221,10 @@ class Prober:
         number = self.btf_id(f"bpf_iter_{name}", lib.BTF_KIND_FUNC)
         self.program(lib.BPF_PROG_TYPE_TRACING, lib.BPF_TRACE_ITER, code + leave(0), btf_id=number)
 
+    def kfunc(self, name: str) -> None:
+        """Look for a function that programs may call."""
+        self.btf_id(name, lib.BTF_KIND_FUNC)
+
     def sock_destroy(self) -> None:
         """Load an iterator that would destroy the sockets that it meets. It never runs."""
         number = self.btf_id("bpf_sock_destroy", lib.BTF_KIND_FUNC)
