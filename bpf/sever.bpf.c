@@ -27,24 +27,17 @@ struct {
 } named SEC(".maps");
 
 /* Where the socket's own storage was refused, what is remembered lies under its cookie. */
-static __always_inline struct provenance *recall(struct sock *sk)
+static __always_inline struct provenance *recall(struct sock *sk, __u64 cookie)
 {
 	struct provenance *p = bpf_sk_storage_get(&provenance, sk, 0, 0);
-	__u64 cookie;
 
-	if (p)
-		return p;
-	cookie = BPF_CORE_READ(sk, __sk_common.skc_cookie.counter);
-	return bpf_map_lookup_elem(&provenance_by_cookie, &cookie);
+	return p ? p : bpf_map_lookup_elem(&provenance_by_cookie, &cookie);
 }
 
-static __always_inline bool is_named(const struct socket_record *now)
+static __always_inline bool has_ends(const struct socket_record *now,
+				     const struct socket_ends *ends)
 {
-	__u64 cookie = now->cookie;
-	struct socket_ends *ends = bpf_map_lookup_elem(&named, &cookie);
-
-	return ends && ends->local_port == now->local_port &&
-	       ends->remote_port == now->remote_port &&
+	return ends->local_port == now->local_port && ends->remote_port == now->remote_port &&
 	       same_address(ends->local_address, now->local_address) &&
 	       same_address(ends->remote_address, now->remote_address);
 }
@@ -68,11 +61,22 @@ static __always_inline bool may_be_ended(const struct socket_record *now)
 static __always_inline void end(struct seq_file *seq, struct sock *sk, struct sock_common *trusted,
 				__u8 protocol)
 {
+	__u64 cookie = BPF_CORE_READ(sk, __sk_common.skc_cookie.counter);
+	struct socket_ends *ends = bpf_map_lookup_elem(&named, &cookie);
+	struct provenance *p = recall(sk, cookie);
 	struct socket_record out = {};
-	struct provenance *p = recall(sk);
+	bool meant = false;
 
+	if (p)
+		meant = could_be_meant(p);
+	if (!meant && !ends)
+		return;
 	fill_record(&out, sk, protocol);
-	if (!may_be_ended(&out) || !((p && is_meant(p, &out)) || is_named(&out)))
+	if (meant)
+		meant = is_meant(p, &out);
+	if (!meant && ends)
+		meant = has_ends(&out, ends);
+	if (!meant || !may_be_ended(&out))
 		return;
 	if (p)
 		out.provenance = *p;

@@ -38,7 +38,7 @@ int sockhop_of_pairs(struct bpf_iter__bpf_sk_storage_map *ctx)
 	struct provenance *from = ctx->value;
 	struct socket_record out = {};
 
-	if (!sk || !from)
+	if (!sk || !from || !could_be_meant(from))
 		return 0;
 	out.state = BPF_CORE_READ(sk, __sk_common.skc_state);
 	set_addresses(&out, sk);

@@ -78,6 +78,7 @@ class Bench:
     def traces(self) -> list[str]:
         """What of the benchmark is on this machine now."""
         here = [str(path) for path in (self.pins, self.cgroup, self.files) if path.exists()]
+        here += map(str, Path("/run/netns").glob(f"{self.name}-*"))
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 namespace = str((process / "ns/net").readlink())
@@ -183,6 +184,30 @@ def test_peers_that_are_not_installed(bench: Bench, tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_sever(bench: Bench) -> None:
+    done = bench.run("sever", "--quick", "--rounds", "2")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [(run["sockets"], run["namespaces"], run["backends"]) for run in report["runs"]] == [
+        (1000, 1, 1), (1000, 3, 1), (1000, 3, 500)
+    ]  # fmt: skip
+    for run in report["runs"]:
+        assert run["matching"] == 10
+        ways = {each["way"]: each for each in run["results"]}
+        assert list(ways) == [
+            "ss -K in every namespace",
+            "iterator in every namespace",
+            "sockhop, iterator",
+            "sockhop, netlink",
+        ]
+        assert ways.pop("ss -K in every namespace")["wrong"] == run["direct"] == 1
+        for name, way in ways.items():
+            assert (way["hits"], way["misses"], way["wrong"]) == (10, 0, 0), name
+            assert len(way["samples"]) == 2
+            assert way["milliseconds"]["lower"] <= way["milliseconds"]["upper"]
+    assert not bench.traces()
+
+
 @pytest.mark.parametrize(
     ("arguments", "moment", "number"),
     [
@@ -190,6 +215,7 @@ def test_peers_that_are_not_installed(bench: Bench, tmp_path: Path) -> None:
         (("connect", "--services", "1"), "measuring", signal.SIGINT),
         (("sync", "--services", "1000"), "measuring the stages", signal.SIGTERM),
         (("sync", "--services", "200"), "changing", signal.SIGINT),
+        (("sever", "--quick"), "sockets in 3 namespaces", signal.SIGINT),
     ],
 )
 def test_a_signal_leaves_nothing(

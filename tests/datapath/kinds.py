@@ -65,8 +65,11 @@ def namespace(name: str) -> Iterator[Path]:
 
 
 def _reaches_itself() -> bool:
-    with socket.socket(socket.AF_INET6, UDP) as own:
-        return own.connect_ex((X6[0], 9)) == 0
+    with socket.socket(socket.AF_INET6, UDP) as own, contextlib.suppress(OSError):
+        own.bind((X6[0], 0))
+        own.connect((X6[0], 9))
+        return True
+    return False
 
 
 def fate(own: socket.socket) -> str:

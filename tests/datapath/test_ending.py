@@ -116,10 +116,15 @@ def test_a_socket_that_has_gone_elsewhere_since_it_was_listed(node: Node, engine
 
 # --- each safety has a mutant without it, and the tests notice ------------------------------------
 
-NO_PEER_CHECK = ("if (!is_at(now, p->backend_address, p->backend_port)) {", "if (0) {")
-NO_CONNECTEDNESS = ("return now->state != TCP_CLOSE &&", "return")
-NO_PAIR_CHECK = ("return bpf_map_lookup_elem(&pairs, &pair);", "return true;")
-NO_ENDS_CHECK = ("return ends && ends->local_port", "return ends; return ends->local_port")
+NO_PEER_CHECK = (
+    "if (is_at(now, p->backend_address, p->backend_port))\n\t\treturn",
+    "if (READ_ONCE(now->state))\n\t\treturn",
+)
+NO_PAIR_CHECK = ("if (bpf_map_lookup_elem(&pairs, &pair))", "if (READ_ONCE(pair.service))")
+NO_ENDS_CHECK = (
+    "return ends->local_port ==",
+    "return READ_ONCE(now->state) || ends->local_port ==",
+)
 ANY_UDP = ("return now->inode && now->state == TCP_ESTABLISHED;", "return true;")
 ANY_TCP = ("return now->inode && (STATE(now->state) & ENDABLE_TCP);", "return true;")
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from sockhop.kernel.sockdiag import DiagSocket, list_sockets
+from sockhop.kernel.sockfilter import PEERS_MAX, any_peer
 from sockhop.model import pack_address
 from tests.sandbox import Sandbox
 
@@ -76,3 +77,22 @@ def test_more_sockets_than_one_message_has_room_for(sandbox: Sandbox) -> None:
             ports.add(own.getsockname()[1])
         assert {each.local_port for each in list_sockets(socket.IPPROTO_UDP)} == ports
         assert not list(list_sockets(socket.IPPROTO_TCP))
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 64, 65])
+def test_the_kernel_chooses_by_peer(sandbox: Sandbox, number: int) -> None:
+    with ExitStack() as stack:
+        for host in ("127.0.1.{}", "::ffff:127.0.1.{}"):
+            for last in range(1, 70):
+                family = socket.AF_INET6 if ":" in host else socket.AF_INET
+                own = stack.enter_context(socket.socket(family, socket.SOCK_DGRAM))
+                own.connect((host.format(last), 7000 + last % 2))
+        six = stack.enter_context(socket.socket(socket.AF_INET6, socket.SOCK_DGRAM))
+        six.connect(("::1", 7000))
+        wanted = [(pack_address("::1"), 7000)]
+        wanted += [(pack_address(f"127.0.1.{last}"), 7000) for last in range(1, number)]
+        every = list(list_sockets(socket.IPPROTO_UDP))
+        found = list(list_sockets(socket.IPPROTO_UDP, where=any_peer(wanted)))
+        meant = [each for each in every if (each.remote_address, each.remote_port) in wanted]
+        assert found == (meant if number <= PEERS_MAX else every)
+        assert len(meant) == 1 + 2 * ((number - 1) // 2)

@@ -20,6 +20,9 @@ __all__ = [
     "Machine",
     "Result",
     "Run",
+    "SeverReport",
+    "SeverResult",
+    "SeverRun",
     "SpliceReport",
     "SpliceResult",
     "Spread",
@@ -180,3 +183,45 @@ class SyncReport(msgspec.Struct, frozen=True):
     services: int
     backends: int
     forms: list[Form]
+
+
+class SeverResult(msgspec.Struct, frozen=True):
+    """One way to end the sockets.
+
+    Of all samples, the fewest `hits` (sockets that had to be ended and were), the most `misses`
+    (that were not) and the most `wrong` (ended, but not of a backend that goes). `samples` in
+    milliseconds.
+    """
+
+    way: str
+    milliseconds: Spread
+    cpu_milliseconds: Spread
+    hits: int
+    misses: int
+    wrong: int
+    samples: list[float]
+
+
+class SeverRun(msgspec.Struct, frozen=True):
+    """Sockets, half TCP and half UDP, in namespaces; `matching` of them are at `backends` that go.
+
+    `direct` more are connected to those without us, and are not to be ended.
+    """
+
+    sockets: int
+    namespaces: int
+    matching: int
+    direct: int
+    backends: int
+    own_tables: bool
+    results: list[SeverResult]
+
+
+class SeverReport(msgspec.Struct, frozen=True):
+    """`sockhop bench sever`."""
+
+    benchmark: str
+    command: list[str]
+    machine: Machine
+    rounds: int
+    runs: list[SeverRun]

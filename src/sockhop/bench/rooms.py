@@ -192,7 +192,12 @@ class Site:
     def clear(self) -> list[str]:
         """Remove all that is there; return a line for each thing that could not be removed."""
         problems = []
-        for remove in (self._remove_cgroup, self._remove_pins, self._remove_directory):
+        for remove in (
+            self._remove_cgroup,
+            self._remove_pins,
+            self._remove_directory,
+            self._remove_namespaces,
+        ):
             try:
                 remove()
             except (OSError, SockhopError) as error:
@@ -212,6 +217,10 @@ class Site:
     def _remove_directory(self) -> None:
         if self.directory.exists():
             shutil.rmtree(self.directory)
+
+    def _remove_namespaces(self) -> None:
+        for path in Path("/run/netns").glob(f"{self.name}-*"):
+            subprocess.run(["ip", "netns", "del", path.name], check=True)
 
 
 def _prefer(pid: int) -> None:

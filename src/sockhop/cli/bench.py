@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         Form,
         Result,
         Run,
+        SeverReport,
         SpliceReport,
         Spread,
         SyncReport,
@@ -191,6 +192,59 @@ def splice(quick: bool, output: Path | None, rounds: int | None) -> None:
     _say(_splice_table(report))
 
 
+@command.command(epilog="Example: sockhop bench sever --sockets 10000 --output sever.json")
+@_output_options
+@click.option(
+    "--sockets",
+    type=click.IntRange(100, 200_000),
+    multiple=True,
+    help="How many there are; may be given several times [default: 1000, 10000 and 100000].",
+)
+@click.option(
+    "--namespaces",
+    type=click.IntRange(1, 500),
+    multiple=True,
+    help="In how many; may be given several times [default: 1, 10 and 100].",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(2, 1000),
+    default=7,
+    show_default=True,
+    help="How often everything is measured.",
+)
+def sever(
+    sockets: tuple[int, ...],
+    namespaces: tuple[int, ...],
+    quick: bool,
+    rounds: int,
+    output: Path | None,
+) -> None:
+    """Measure how long it takes to end the sockets of backends that are gone.
+
+    1 % of the sockets are at these, in three of the namespaces. By `ss -K` in every namespace, by
+    an iterator in every namespace, and by sockhop's two engines; with hash tables that all
+    namespaces share and with their own; and with 500 backends at once. A table goes to standard
+    error, JSON to standard output.
+    """
+    from sockhop.bench.crowd import Shape  # noqa: PLC0415 (slow)
+    from sockhop.bench.sever import SeverPlan, measure_severing  # noqa: PLC0415
+
+    counts = sockets or ((1_000,) if quick else _SIZES[1:])
+    places = namespaces or ((1, 3) if quick else (1, 10, 100))
+    shapes = [
+        Shape(count, place, 1, own)
+        for own in ((False,) if quick else (False, True))
+        for count in counts
+        for place in places
+    ]
+    shapes.append(Shape(max(counts), max(places), 500, own_tables=False))
+    plan = SeverPlan(shapes, rounds)
+    report = _perform([output], lambda site: measure_severing(site, plan, sys.argv[1:], _say))
+    _publish(report, output)
+    _say(_sever_table(report))
+
+
 def _perform(files: list[Path | None], measure: "Callable[[Site], R]") -> R:
     """Call *measure* with a site of its own, which is removed however that ends."""
     from sockhop.bench.rooms import Site  # noqa: PLC0415 (needs the extension)
@@ -232,7 +286,9 @@ def _require_root() -> None:
         )
 
 
-def _publish(report: "ConnectReport | SpliceReport | SyncReport", output: Path | None) -> None:
+def _publish(
+    report: "ConnectReport | SeverReport | SpliceReport | SyncReport", output: Path | None
+) -> None:
     text = msgspec.json.format(msgspec.json.encode(report), indent=2).decode()
     if output:
         output.write_text(text + "\n")
@@ -324,3 +380,26 @@ def _form_row(form: "Form") -> list[str]:
         f"{form.peak_memory_mib:.0f}",
         f"{form.maps_mib:.0f}",
     ]
+
+
+def _sever_table(report: "SeverReport") -> str:
+    rows = [["SOCKETS", "NAMESPACES", "TABLES", "BACKENDS", "BY", "ms", "QUARTILES", "CPU ms",
+             "HITS", "MISSES", "WRONG"]]  # fmt: skip
+    for run in report.runs:
+        rows += [
+            [
+                f"{run.sockets:,}",
+                f"{run.namespaces:,}",
+                "own" if run.own_tables else "shared",
+                f"{run.backends:,}",
+                result.way,
+                f"{result.milliseconds.median:,.1f}",
+                _quartiles(result.milliseconds, ",.1f"),
+                f"{result.cpu_milliseconds.median:,.1f}",
+                f"{result.hits:,}",
+                f"{result.misses:,}",
+                f"{result.wrong:,}",
+            ]
+            for result in run.results
+        ]
+    return f"{table(rows)}\n\n{report.rounds} rounds; {report.machine.cpu}"

@@ -5,21 +5,23 @@ Linux kernel commit 4ddbcb886268 ("bpf: Add bpf_sock_destroy kfunc") (in v6.5).
 
 import os
 import socket
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from sockhop.datapath.balancer import map_directory
 from sockhop.datapath.outcome import Action, Outcome
-from sockhop.datapath.records import SocketEnds
+from sockhop.datapath.records import BackendRecord, SocketEnds
 from sockhop.datapath.sockets import Pair, Socket, SocketRecords, held, read_iterator
+from sockhop.errors import SystemLackError
 from sockhop.kernel._libbpf import lib
 from sockhop.kernel.maps import U32, U64, Map
 from sockhop.kernel.namespaces import Namespace, NamespaceGone, entered
 from sockhop.kernel.objects import BpfObject, object_path
+from sockhop.kernel.probe import Lack, Prober
 from sockhop.kernel.syscall import check
 
-__all__ = ["IteratorMethod"]
+__all__ = ["IteratorMethod", "has_sock_destroy"]
 
 _PROGRAMS = {socket.IPPROTO_TCP: "sockhop_end_tcp", socket.IPPROTO_UDP: "sockhop_end_udp"}
 
@@ -46,15 +48,21 @@ class IteratorMethod:
         self._links = {}
 
     def end_pairs(
-        self, pairs: Set[Pair], peers: Set[tuple[bytes, int]], places: Iterable[Namespace]
+        self, pairs: Set[Pair], known: Mapping[int, BackendRecord], places: Iterable[Namespace]
     ) -> list[Outcome]:
-        """End the sockets that are with one of *pairs*, in *places*: one pass."""
+        """End the sockets that are with one of *pairs*, in *places*: one pass.
+
+        *known*: their backends by id, those that are still in the maps.
+        """
         self._load()
+        protocols = set(_PROGRAMS)
+        if all(pair.backend in known for pair in pairs):
+            protocols = {record.protocol for record in known.values()}
         outcomes: list[Outcome] = []
         with held(self._pairs, pairs):
             for place in places:
                 with suppress(NamespaceGone), entered(place):
-                    for protocol in _PROGRAMS:
+                    for protocol in protocols:
                         outcomes += self._end(protocol)
         return outcomes
 
@@ -72,6 +80,11 @@ class IteratorMethod:
     def _load(self) -> None:
         if self._links:
             return
+        if not has_sock_destroy():  # the programs would find it missing and do nothing
+            raise SystemLackError(
+                "the kernel cannot end sockets from iterators: it has no bpf_sock_destroy",
+                hint="end them by netlink",
+            )
         with ExitStack() as stack:
             programs = BpfObject(self._path, pins=map_directory(self._pins))
             stack.callback(programs.close)
@@ -106,6 +119,16 @@ class IteratorMethod:
             action = Action.REFUSED if result else Action.SEVERED
             outcomes[each.cookie] = Outcome(each, action, reason)
         return list(outcomes.values())
+
+
+def has_sock_destroy() -> bool:
+    """Whether the kernel lets an iterator end sockets."""
+    with Prober() as prober:
+        try:
+            prober.sock_destroy()
+        except Lack:
+            return False
+    return True
 
 
 def _ends(each: Socket) -> tuple[bytes, bytes, int, int]:

@@ -3,13 +3,14 @@
 import errno
 import os
 import socket
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 
 from sockhop.datapath.listing import PROTOCOLS, list_here
 from sockhop.datapath.memory import SocketMemory
 from sockhop.datapath.outcome import Action, Outcome
+from sockhop.datapath.records import BackendRecord
 from sockhop.datapath.sockets import CONNECTED, Pair, Socket, Sockets
 from sockhop.kernel.namespaces import Namespace, NamespaceGone, entered
 from sockhop.kernel.sockdiag import destroy_sockets
@@ -39,19 +40,20 @@ class NetlinkMethod:
             self._sockets = None
 
     def end_pairs(
-        self, pairs: Set[Pair], peers: Set[tuple[bytes, int]], places: Iterable[Namespace]
+        self, pairs: Set[Pair], known: Mapping[int, BackendRecord], places: Iterable[Namespace]
     ) -> list[Outcome]:
         """End the sockets that are with one of *pairs*, in *places*: one pass.
 
-        *peers* are the addresses of their backends, as far as they are known.
+        *known*: their backends by id, those that are still in the maps.
         """
         if self._sockets is None:
             self._sockets = Sockets(self._pins)
         meant = self._sockets.of_pairs(pairs)
         with SocketMemory(self._pins) as memory:
             by_cookie = memory.provenances_by_cookie()
+        peers = {(record.address, record.port) for record in known.values()}
         # Unless all are known the kernel must not leave others out.
-        where = any_peer(peers) if len(peers) == len({pair.backend for pair in pairs}) else b""
+        where = any_peer(peers) if all(pair.backend in known for pair in pairs) else b""
         outcomes: list[Outcome] = []
         for place in places:
             here = [each for each in meant if each.netns == place.inode]

@@ -2,21 +2,21 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from enum import StrEnum
+from math import inf
 from pathlib import Path
 from typing import Protocol
 
 from sockhop.datapath.balancer import BalanceMaps, map_directory
-from sockhop.datapath.end_by_iterator import IteratorMethod
+from sockhop.datapath.end_by_iterator import IteratorMethod, has_sock_destroy
 from sockhop.datapath.end_by_netlink import NetlinkMethod
 from sockhop.datapath.outcome import Action, Outcome
-from sockhop.datapath.records import Total
+from sockhop.datapath.records import BackendRecord, Total
 from sockhop.datapath.sockets import Pair, Socket
 from sockhop.errors import SystemLackError
 from sockhop.kernel.namespaces import Namespace, NamespaceGone, Namespaces
-from sockhop.kernel.probe import Lack, Prober
 
 __all__ = ["Action", "Engine", "EngineName", "Method", "Outcome", "choose_engine"]
 
@@ -36,7 +36,7 @@ class Method(Protocol):
     @property
     def protocols(self) -> Set[int]: ...
     def end_pairs(
-        self, pairs: Set[Pair], peers: Set[tuple[bytes, int]], places: Iterable[Namespace]
+        self, pairs: Set[Pair], known: Mapping[int, BackendRecord], places: Iterable[Namespace]
     ) -> list[Outcome]: ...
     def end_sockets(self, sockets: Sequence[Socket], place: Namespace) -> list[Outcome]: ...
     def close(self) -> None: ...
@@ -81,17 +81,22 @@ class Engine:
         """
         wanted = {Pair(*pair) for pair in pairs}
         with BalanceMaps(self._pins) as maps:
-            places = self._places(maps, wanted, None if namespaces is None else set(namespaces))
-            records = maps.backends.get_many(pair.backend for pair in wanted)
-        peers = {(record.address, record.port) for record in records.values()}
+            counted = self._places(maps, wanted, None if namespaces is None else set(namespaces))
+            known = maps.backends.get_many(pair.backend for pair in wanted)
         outcomes: dict[int, Outcome] = {}
         for _ in range(PASSES):
-            if not places or not wanted:
+            if not counted:
                 break
-            found = self._try(lambda method: method.end_pairs(wanted, peers, places), self._methods)  # noqa: B023
+            places = list(counted)
+            found = self._try(lambda method: method.end_pairs(wanted, known, places), self._methods)  # noqa: B023
             outcomes.update((each.socket.cookie, each) for each in found)
-            active = {each.socket.netns for each in found if each.action is Action.SEVERED}
-            places = [place for place in places if place.inode in active]
+            ended = Counter(each.socket.netns for each in found if each.action is Action.SEVERED)
+            # The index is an upper bound: where as many have ended, there are no others.
+            counted = {
+                place: number - ended[place.inode]
+                for place, number in counted.items()
+                if 0 < ended[place.inode] < number
+            }
         return list(outcomes.values())
 
     def sever_sockets(self, sockets: Iterable[Socket]) -> list[Outcome]:
@@ -124,16 +129,20 @@ class Engine:
 
     def _places(
         self, maps: BalanceMaps, pairs: Set[Pair], only: Set[int] | None
-    ) -> list[Namespace]:
-        """Return where there are sockets of *pairs*: everywhere, where the live index was full."""
-        if maps.totals.get(Total.LIVE_FULL):
-            return [each for each in self._namespaces.all() if only is None or each.cookie in only]
-        counted = {
-            key.netns
-            for key, number in maps.live.items()
-            if number and (key.service, key.backend) in pairs
-        }
-        return self._namespaces.by_cookie(counted if only is None else counted & only)
+    ) -> dict[Namespace, float]:
+        """Return where there may be sockets of *pairs*, and how many at most.
+
+        Everywhere and any number, where the live index has been full.
+        """
+        counted: Counter[int] = Counter()
+        for key, number in maps.live.items() if pairs else ():
+            if (key.service, key.backend) in pairs and (only is None or key.netns in only):
+                counted[key.netns] += number
+        if pairs and maps.totals.get(Total.LIVE_FULL):
+            everywhere = self._namespaces.all()
+            return {each: inf for each in everywhere if only is None or each.cookie in only}
+        found = self._namespaces.by_cookie([cookie for cookie, number in counted.items() if number])
+        return {each: counted[each.cookie] for each in found}
 
     def _try(
         self, end: Callable[[Method], list[Outcome]], methods: Sequence[Method]
@@ -170,13 +179,4 @@ def choose_engine(pins: Path, name: EngineName = EngineName.AUTO) -> Engine:
     if name is EngineName.ITERATOR:
         return Engine(pins, [iterator])
     installed = (map_directory(pins) / "provenance").exists()
-    return Engine(pins, [iterator, netlink] if installed and _has_sock_destroy() else [netlink])
-
-
-def _has_sock_destroy() -> bool:
-    with Prober() as prober:
-        try:
-            prober.sock_destroy()
-        except Lack:
-            return False
-    return True
+    return Engine(pins, [iterator, netlink] if installed and has_sock_destroy() else [netlink])

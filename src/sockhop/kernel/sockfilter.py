@@ -9,7 +9,7 @@ __all__ = ["PEERS_MAX", "any_peer"]
 PEERS_MAX = 64
 """The kernel tries one after the other for each socket: of more, it is quicker to ask for all."""
 
-_JMP, _D_COND = 1, 12
+_JMP, _D_COND = 1, 8  # INET_DIAG_BC_JMP, INET_DIAG_BC_D_COND
 _OP = struct.Struct("=BBH")  # struct inet_diag_bc_op: code, yes, no
 _CONDITION = struct.Struct("=BB2xi")  # struct inet_diag_hostcond: family, prefix_len, port
 _MAPPED = bytes(10) + b"\xff\xff"
