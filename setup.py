@@ -99,5 +99,6 @@ setup(
     cffi_modules=[
         "src/sockhop/kernel/_libbpf_build.py:ffibuilder",
         "src/sockhop/bench/_loops_build.py:ffibuilder",
+        "src/sockhop/diagnose/_compare_build.py:ffibuilder",
     ],
 )

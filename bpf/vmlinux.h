@@ -66,6 +66,7 @@ enum {
 
 /* Only to ask, when an object is loaded, whether the kernel has a helper. */
 enum bpf_func_id {
+	BPF_FUNC_snprintf = 165,
 	BPF_FUNC_set_retval = 187,
 };
 
@@ -222,6 +223,10 @@ typedef struct {
 	struct net *net;
 } possible_net_t;
 
+struct proto {
+	void *recvmsg;
+};
+
 struct sock_common {
 	__be32 skc_daddr;
 	__be32 skc_rcv_saddr;
@@ -230,6 +235,7 @@ struct sock_common {
 	unsigned short skc_family;
 	volatile unsigned char skc_state;
 	int skc_bound_dev_if;
+	struct proto *skc_prot;
 	possible_net_t skc_net;
 	struct in6_addr skc_v6_daddr;
 	struct in6_addr skc_v6_rcv_saddr;
@@ -268,21 +274,48 @@ struct sock {
 	int sk_rcvbuf;
 	__u8 sk_shutdown;
 	__u8 sk_kern_sock : 1;
+	__u16 sk_protocol;
 	void *sk_user_data;
 	struct sock_cgroup_data sk_cgrp_data;
 	struct socket *sk_socket;
 	__u8 sk_userlocks; /* of some kernels a bit-field */
 };
 
+struct bpf_prog;
+
+struct sk_psock_progs {
+	struct bpf_prog *msg_parser;
+	struct bpf_prog *stream_verdict;
+};
+
+struct sk_buff_head {
+	__u32 qlen;
+};
+
 struct sk_psock {
+	struct sock *sk;
+	struct sk_psock_progs progs;
+	struct sk_buff_head ingress_skb;
 	struct list_head ingress_msg;
+	struct proto *sk_proto;
+};
+
+struct sk_msg_sg {
+	__u32 size;
+};
+
+struct sk_msg {
+	struct sk_msg_sg sg;
+	struct list_head list;
 };
 
 struct inet_sock {
 	struct sock sk;
 };
 
-struct tcp_ulp_ops;
+struct tcp_ulp_ops {
+	char name[16];
+};
 
 struct inet_connection_sock {
 	struct inet_sock icsk_inet;
@@ -292,6 +325,7 @@ struct inet_connection_sock {
 struct tcp_sock {
 	struct inet_connection_sock inet_conn;
 	__u32 segs_in;
+	__u32 segs_out;
 	__u32 rcv_nxt;
 	__u32 copied_seq;
 	__u32 snd_una;
@@ -341,7 +375,9 @@ struct bpf_iter__udp {
 	struct udp_sock *udp_sk;
 };
 
-struct bpf_map;
+struct bpf_map {
+	__u32 key_size;
+};
 
 struct bpf_iter__task_file {
 	struct bpf_iter_meta *meta;

@@ -26,11 +26,15 @@ _CHUNK = 1 << 16
 
 
 class EventKind(StrEnum):
-    """What has happened: to one socket, or (the last four) by a change to many."""
+    """What has happened: to one socket, or (the last four) by a change to many.
+
+    HEALED: a stale entry of a sockhash was deleted; the ends are those that its key names.
+    """
 
     SEVERED = "severed"
     RESTEERED = "resteered"
     REFUSED = "refused"
+    HEALED = "healed"
     CHANGE = "change"
     HELD = "held"
     APPROVED = "approved"

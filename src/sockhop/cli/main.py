@@ -16,6 +16,7 @@ __all__ = ["cli", "main"]
 _COMMANDS = {
     "agent": "Follow service manifests and balance what they say.",
     "approve": "Let changes that are held end and move live sockets.",
+    "audit": "Compare sockmaps with the sockets that they really hold.",
     "bench": "Measure sockhop beside its peers.",
     "bypass": "Let every connect pass untouched, at once (emergency switch).",
     "completion": "Print the shell completion script.",
@@ -25,6 +26,7 @@ _COMMANDS = {
     "explain": "Say how a socket came to its backend, or why it has none.",
     "features": "List what this kernel can do for sockhop.",
     "get": "List services, backends or sockets.",
+    "heal": "Delete stale entries of sockmaps.",
     "plan": "Print what an agent would change.",
     "render": "Print the desired state that manifests describe.",
     "resteer": "Move connected UDP sockets to another backend.",

@@ -36,9 +36,14 @@ const char *bpf_map__name(const struct bpf_map *map);
 const char *bpf_map__pin_path(const struct bpf_map *map);
 int bpf_map__fd(const struct bpf_map *map);
 int bpf_map__set_max_entries(struct bpf_map *map, __u32 max_entries);
+int bpf_map__set_key_size(struct bpf_map *map, __u32 size);
+int bpf_map__reuse_fd(struct bpf_map *map, int fd);
 __u32 bpf_map__max_entries(const struct bpf_map *map);
 
 /* --- maps --------------------------------------------------------------------------------- */
+struct bpf_map_create_opts;
+int bpf_map_create(int type, const char *name, __u32 key_size, __u32 value_size,
+                   __u32 max_entries, const struct bpf_map_create_opts *opts);
 int bpf_map_lookup_elem(int fd, const void *key, void *value);
 int bpf_map_update_elem(int fd, const void *key, const void *value, __u64 flags);
 int bpf_map_delete_elem(int fd, const void *key);
@@ -57,6 +62,7 @@ int bpf_obj_get(const char *path);
 int bpf_prog_get_fd_by_id(__u32 id);
 int bpf_prog_get_next_id(__u32 start_id, __u32 *next_id);
 int bpf_map_get_fd_by_id(__u32 id);
+int bpf_map_get_next_id(__u32 start_id, __u32 *next_id);
 int bpf_link_get_fd_by_id(__u32 id);
 struct bpf_map_info { __u32 type; __u32 id; __u32 key_size; __u32 value_size;
                       __u32 max_entries; __u32 map_flags; char name[16]; ...; };
@@ -145,6 +151,7 @@ struct btf *btf__load_vmlinux_btf(void);
 #define BPF_MAP_TYPE_RINGBUF ...
 #define BPF_MAP_TYPE_SK_STORAGE ...
 #define BPF_MAP_TYPE_SOCKHASH ...
+#define BPF_MAP_TYPE_SOCKMAP ...
 #define BPF_PROG_TYPE_CGROUP_SOCK ...
 #define BPF_PROG_TYPE_CGROUP_SOCK_ADDR ...
 #define BPF_PROG_TYPE_KPROBE ...

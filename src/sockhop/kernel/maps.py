@@ -11,7 +11,7 @@ from sockhop.kernel._libbpf import ffi, lib
 from sockhop.kernel.btf import Codec
 from sockhop.kernel.syscall import KernelError, check
 
-__all__ = ["Map", "MapInfo", "U32", "U64", "map_info", "open_pinned"]
+__all__ = ["Map", "MapInfo", "U32", "U64", "map_ids", "map_info", "open_map", "open_pinned"]
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -59,6 +59,26 @@ def open_pinned(path: Path) -> int:
     if fd == -errno.ENOENT:
         raise FileNotFoundError(errno.ENOENT, "no such pin", str(path))
     return check(fd, f"opening the pin {path}")
+
+
+def map_ids() -> Iterator[int]:
+    """Yield the ids of all maps of the system. KernelError without CAP_SYS_ADMIN."""
+    number, following = 0, ffi.new("__u32 *")
+    while True:
+        result = lib.bpf_map_get_next_id(number, following)
+        if result == -errno.ENOENT:
+            return
+        check(result, "listing the maps of the system")
+        number = following[0]
+        yield number
+
+
+def open_map(number: int) -> int:
+    """Return a descriptor of the map with the id *number*; FileNotFoundError if there is none."""
+    fd = lib.bpf_map_get_fd_by_id(number)
+    if fd == -errno.ENOENT:
+        raise FileNotFoundError(errno.ENOENT, "no such map", str(number))
+    return check(fd, f"opening the map {number}")
 
 
 class Map(Generic[K, V]):

@@ -103,12 +103,15 @@ class BpfObject:
         *,
         pins: Path | None = None,
         max_entries: Mapping[str, int] | None = None,
+        key_sizes: Mapping[str, int] | None = None,
+        given: Mapping[str, int] | None = None,
     ) -> None:
         """Load the object file at *path*.
 
         Maps declared with LIBBPF_PIN_BY_NAME are shared through, and pinned in, *pins*; those that
-        are there keep their size. *max_entries* sizes maps by name. SystemLackError carries the end
-        of the verifier's log.
+        are there keep their size. By the map's name: *max_entries* and *key_sizes* size it, *given*
+        are descriptors of maps to put in its place. SystemLackError carries the end of the
+        verifier's log.
         """
         self.path = path
         self.layouts = Layouts(path)
@@ -117,6 +120,10 @@ class BpfObject:
         try:
             for name, entries in (self._pinned_sizes() | dict(max_entries or {})).items():
                 check(lib.bpf_map__set_max_entries(self._map(name), entries), f"sizing {name}")
+            for name, size in (key_sizes or {}).items():
+                check(lib.bpf_map__set_key_size(self._map(name), size), f"sizing keys of {name}")
+            for name, fd in (given or {}).items():
+                check(lib.bpf_map__reuse_fd(self._map(name), fd), f"using a map as {name}")
             result = lib.bpf_object__load(self._object)
             if result < 0:
                 raise _load_error(path, pins, -result)

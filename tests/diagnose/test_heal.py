@@ -1,0 +1,240 @@
+"""Stale entries are deleted, and nothing else is."""
+
+import json
+import os
+import random
+import socket
+import threading
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from sockhop.agent.events import EventKind, EventLog, events_path
+from sockhop.diagnose.heal import Outcome, advice, heal, plan
+from sockhop.kernel._libbpf import ffi, lib
+from tests.diagnose.incident import Incident, incident, reset
+from tests.mutants import mutant
+from tests.splice.stage import Place
+
+pytestmark = pytest.mark.kernel
+
+HEALS = int(os.environ.get("SOCKHOP_HEALS", "40"))
+CONNECTIONS = 10 * HEALS
+
+
+def holder(at: Incident, key: bytes) -> int:
+    """Return the cookie of the socket under a key, 0 if there is none."""
+    value = ffi.new("__u64 *")
+    return int(value[0]) if lib.bpf_map_lookup_elem(at.map.fd, key, value) == 0 else 0
+
+
+def cookie(of: socket.socket) -> int:
+    return int.from_bytes(of.getsockopt(socket.SOL_SOCKET, 57, 8), "little")
+
+
+@pytest.mark.parametrize("place", [each for each in Place if each is not Place.MAPPED])
+def test_the_incident_is_found_and_cured(place: Place) -> None:
+    with incident() as at:
+        _, old, client, server = at.stuck(place)
+        audits, pairs = at.examine()
+        ours = [each for each in pairs.half_spliced if each.harmful]
+        assert [each.victim.handler for each in ours] == ["tcp"]
+        command = Path("/proc/self/comm").read_text().strip()
+        assert ours[0].victim.processes == [f"{command}/{os.getpid()}"]
+        assert "stale: closed" in ours[0].cause
+        assert ours[0].still
+
+        (planned,) = plan(audits)
+        assert (planned.outcome, planned.lost) == (Outcome.UNREAD, len("request"))
+        assert [each.outcome for each in plan(audits, lose_unread=True)] == [Outcome.WOULD]
+        assert [each.outcome for each in heal(audits)] == [Outcome.UNREAD]
+        assert at.audit().result.stale_closed == 1
+
+        (done,) = heal(audits, lose_unread=True)
+        assert (done.outcome, done.lost) == (Outcome.DELETED, len("request"))
+        assert "are kept open by" in advice([done])[0]
+        client.sendall(b"another")
+        assert server.recv(9) == b"another"
+        assert not at.audit().result.stale_entries
+        assert [each.outcome for each in heal(audits)] == [Outcome.GONE]
+        old.close()
+
+
+def test_a_stale_entry_that_no_program_finds() -> None:
+    """The client is an IPv6 socket: what it sends is looked for under a mapped address."""
+    with incident() as at:
+        listener = at.listen(Place.MAPPED)
+        _, port = at.leave_stale(Place.MAPPED, listener)
+        client, server = at.connect(Place.MAPPED, listener, port)
+        client.sendall(b"request")
+        assert server.recv(9) == b"request"
+        _, pairs = at.examine()
+        assert not pairs.findings
+
+
+def test_the_program_may_still_read_what_is_unread() -> None:
+    with incident() as at:
+        listener = at.listen(Place.LOOPBACK4)
+        client, server = at.connect(Place.LOOPBACK4, listener)
+        client.sendall(b"last words")
+        reset(client)
+        at.keep(server)
+        time.sleep(0.1)
+        audits = [at.audit()]
+        assert [each.outcome for each in heal(audits)] == [Outcome.UNREAD]
+        with suppress(ConnectionResetError):
+            assert server.recv(20) == b"last words"
+        assert [each.outcome for each in heal([at.audit()])] == [Outcome.DELETED]
+
+
+def replaced(at: Incident, path: Path | None = None) -> tuple[bool, list[Outcome]]:
+    """Give the tuple of a stale entry to a new connection between the looks and the deletion.
+
+    Return whether its entry is still there, and the outcomes.
+    """
+    listener = at.listen(Place.LOOPBACK4)
+    old, port = at.leave_stale(Place.LOOPBACK4, listener)
+    audits = [at.audit()]
+    (key,) = audits[0].stale
+    old.close()
+    client, server = at.connect(Place.LOOPBACK4, listener, port)
+    assert holder(at, key) == cookie(server)
+    outcomes = [each.outcome for each in heal(audits, path=path)]
+    kept = holder(at, key) == cookie(server)
+    client.sendall(b"over")
+    assert server.recv(9) == b"over"
+    return kept, outcomes
+
+
+def test_an_entry_that_was_replaced_stays() -> None:
+    with incident() as at:
+        assert replaced(at) == (True, [Outcome.CHANGED])
+
+
+def test_without_the_second_look_it_would_go(tmp_path: Path) -> None:
+    blind = mutant(tmp_path, "heal", ("	if (!is_as_before(doom, &now)) {", "	if (0) {"))
+    with incident() as at:
+        assert replaced(at, blind) == (False, [Outcome.DELETED])
+
+
+def test_without_a_look_at_the_queue_bytes_are_lost(tmp_path: Path) -> None:
+    hasty = mutant(
+        tmp_path,
+        "heal",
+        ("	if ((now.spliced || out.record.more) && !doom->lose) {", "	if (0) {"),
+    )
+    with incident() as at:
+        at.stuck(Place.LOOPBACK4)
+        assert [each.outcome for each in heal([at.audit()], path=hasty)] == [Outcome.DELETED]
+
+
+class Churn:
+    """Connections that come and go on a few tuples, and leave stale entries for a while."""
+
+    def __init__(self, at: Incident, seed: int) -> None:
+        self._at = at
+        self._random = random.Random(seed)
+        self._listener = at.listen(Place.LOOPBACK4)
+        self.faults: list[str] = []
+        self.count = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "Churn":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self._one()
+        except Exception as error:  # noqa: BLE001 (told by the test)
+            self.faults.append(f"{type(error).__name__}: {error}")
+
+    def _one(self) -> None:
+        at, port = self._at, 0
+        for _ in range(3):
+            client = at.stage.client(Place.LOOPBACK4, port)
+            client.connect(self._listener.getsockname())
+            server = self._listener.accept()[0]
+            port = client.getsockname()[1]
+            for each in (client, server):
+                each.settimeout(2)
+            inside = in_map(at, client, server)
+            for text in (b"one", b"two", b"three"):
+                client.sendall(text)
+                if server.recv(9) != text:
+                    self.faults.append("other bytes")
+                server.sendall(text)
+                if client.recv(9) != text:
+                    self.faults.append("other bytes")
+            if in_map(at, client, server) != inside:
+                self.faults.append("an entry was lost")
+            self.count += 1
+            # The server's entry is stale until its socket is closed, or it is healed.
+            reset(client)
+            time.sleep(self._random.choice((0, 0.001, 0.01, 0.03, 0.3)))
+            server.close()
+
+
+def in_map(at: Incident, *sockets: socket.socket) -> list[bool]:
+    """Return which of the sockets are in the map under their own key."""
+    found = []
+    for each in sockets:
+        (here, port), (there, peer) = each.getsockname(), each.getpeername()
+        key = (
+            *(bytes(12), socket.inet_aton(here), bytes(12), socket.inet_aton(there)),
+            *(port.to_bytes(4, "little"), peer.to_bytes(4, "little")),
+        )
+        found.append(holder(at, b"".join(key)) == cookie(each))
+    return found
+
+
+def test_nothing_is_lost_while_connections_come_and_go() -> None:
+    outcomes: Counter[Outcome] = Counter()
+    with incident() as at, Churn(at, 1) as one, Churn(at, 2) as two:
+        for _ in range(HEALS):
+            audits = [at.audit(wait=0.002)]
+            outcomes.update(each.outcome for each in heal(audits))
+        end = time.monotonic() + 60 + HEALS
+        while one.count + two.count < CONNECTIONS and time.monotonic() < end:
+            outcomes.update(each.outcome for each in heal([at.audit(wait=0.002)]))
+    print(dict(outcomes), one.count + two.count)
+    assert not one.faults + two.faults
+    assert outcomes[Outcome.DELETED]
+    assert one.count + two.count >= CONNECTIONS
+
+
+def test_the_command() -> None:
+    with incident() as at:
+        sandbox = at.stage.sandbox
+        only = ("--id", str(at.map.info.id), "--wait", "50ms")
+        healthy = sandbox.sockhop("heal", *only)
+        assert "nothing to heal" in healthy.stdout
+        *_, client, server = at.stuck(Place.VETH4)
+        dry = sandbox.sockhop("heal", *only, "--lose-unread", check=False)
+        assert dry.returncode == 1
+        assert "would delete" in dry.stdout
+        assert "nothing was changed" in dry.stdout
+        left = sandbox.sockhop("heal", *only, "--yes", check=False)
+        assert left.returncode == 1
+        assert "--lose-unread deletes also those" in left.stdout
+        done = sandbox.sockhop("heal", *only, "--yes", "--lose-unread", "--sever-victims")
+        assert "1 of 1 stale entry deleted" in done.stdout
+        with pytest.raises(ConnectionAbortedError):
+            server.recv(1)
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+        events = list(EventLog(events_path(sandbox.api)).read())
+        assert [each.kind for each in events] == [EventKind.HEALED, EventKind.SEVERED]
+        assert "7 unread bytes lost" in events[0].reason
+        client.close()  # it was reset, so its own entry is stale while it is open
+        told = json.loads(sandbox.sockhop("heal", *only, "-o", "json").stdout)
+        assert told["entries"] == []
