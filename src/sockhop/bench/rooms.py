@@ -26,7 +26,7 @@ from sockhop.errors import SockhopError, SystemLackError
 from sockhop.kernel import netns
 from sockhop.kernel.bpffs import require_bpffs
 
-__all__ = ["Cpus", "Room", "Site", "Worker"]
+__all__ = ["Cpus", "Room", "Site", "Worker", "prefer"]
 
 _JOIN = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
 _WORKER = (sys.executable, "-P", "-m", "sockhop.bench.worker")
@@ -140,7 +140,7 @@ class Room:
             stdin=options.pop("stdin", subprocess.DEVNULL),
             **options,
         )
-        _prefer(process.pid)
+        prefer(process.pid)
         return process
 
 
@@ -223,7 +223,7 @@ class Site:
             subprocess.run(["ip", "netns", "del", path.name], check=True)
 
 
-def _prefer(pid: int) -> None:
+def prefer(pid: int) -> None:
     """Give a process precedence: whatever else this machine does shall not be measured."""
     with suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, pid, -20)

@@ -1,5 +1,6 @@
 """`sockhop bench sever`: ending the sockets of backends that are gone, by several ways."""
 
+import os
 import resource
 import subprocess
 import time
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 from sockhop.bench.crowd import PORT, Crowd, Shape
 from sockhop.bench.report import Machine, SeverReport, SeverResult, SeverRun, spread_of
-from sockhop.bench.rooms import Site
+from sockhop.bench.rooms import Site, prefer
 from sockhop.datapath.end_by_iterator import IteratorMethod
 from sockhop.datapath.ending import EngineName, choose_engine
 from sockhop.datapath.listing import list_here
@@ -36,7 +37,8 @@ class SeverPlan(NamedTuple):
 def measure_severing(
     site: Site, plan: SeverPlan, command: list[str], say: Callable[[str], None]
 ) -> SeverReport:
-    """Measure as *plan* says; *say* hears how it goes."""
+    """Measure as *plan* says, in this process; *say* hears how it goes."""
+    prefer(os.getpid())
     return SeverReport(
         benchmark="sever",
         command=command,
