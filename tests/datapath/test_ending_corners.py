@@ -1,6 +1,7 @@
 """Ending sockets where storage was refused, the index was full, a method fails, all is moving."""
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from sockhop.agent.installed import read_services
+from sockhop.datapath import ending
 from sockhop.datapath.end_by_iterator import IteratorMethod
 from sockhop.datapath.end_by_netlink import NetlinkMethod
 from sockhop.datapath.ending import Action, Engine, EngineName, choose_engine
@@ -22,6 +24,7 @@ from sockhop.datapath.sockets import Pair
 from sockhop.errors import SystemLackError
 from sockhop.kernel.netns import entered
 from sockhop.kernel.probe import Lack, Prober
+from sockhop.kernel.syscall import KernelError
 from tests.datapath.kinds import SERVICES, Kinds, cookie, fate, namespace, unique
 from tests.datapath.node import Node
 from tests.mutants import mutant
@@ -126,6 +129,53 @@ def test_sockets_of_a_namespace_that_is_gone(node: Node, engine: Engine) -> None
     assert {(each.action, each.reason) for each in outcomes} == {
         (Action.GONE, "its namespace is gone")
     }
+
+
+@pytest.fixture
+def orphans(node: Node) -> Iterator[list[socket.socket]]:
+    """Sockets at a, in a namespace that nothing else holds."""
+    node.install(*SERVICES)
+    with contextlib.ExitStack() as stack:
+        with namespace(unique("orphans")) as other, entered(other):
+            stack.enter_context(socket.create_server(("10.96.1.5", 7000)))
+            made = dial(stack, "10.9.0.1", 2)
+        yield made
+
+
+def test_a_namespace_that_only_sockets_hold(
+    node: Node, engine: Engine, orphans: list[socket.socket]
+) -> None:
+    outcomes = engine.sever_pairs(pairs_of(node, "a"))
+    assert [fate(own) for own in orphans] == ["ECONNABORTED"] * 4
+    assert {each.action for each in outcomes} == {Action.SEVERED}
+
+
+def test_by_name_in_a_namespace_that_only_sockets_hold(
+    node: Node, engine: Engine, orphans: list[socket.socket]
+) -> None:
+    with Listing(node.sandbox.pins) as listing:
+        wanted = [s for s in listing.remembered() if s.cookie in map(cookie, orphans)]
+    outcomes = engine.sever_sockets(wanted)
+    assert [fate(own) for own in orphans] == ["ECONNABORTED"] * 4
+    assert len(outcomes) == 4
+
+
+def test_a_namespace_that_cannot_be_entered(
+    node: Node,
+    engine: Engine,
+    orphans: list[socket.socket],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: object) -> None:
+        raise KernelError("duplicating a socket", errno.EPERM)
+
+    monkeypatch.setattr(ending, "borrowed", refuse)
+    outcomes = engine.sever_pairs(pairs_of(node, "a"))
+    assert not any(map(fate, orphans))
+    assert {(each.action, each.reason) for each in outcomes} == {
+        (Action.REFUSED, "its network namespace cannot be entered")
+    }
+    assert len(outcomes) == 4
 
 
 # --- under churn ---------------------------------------------------------------------------------

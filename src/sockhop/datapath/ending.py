@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from enum import StrEnum
 from math import inf
 from pathlib import Path
@@ -14,9 +14,11 @@ from sockhop.datapath.end_by_iterator import IteratorMethod, has_sock_destroy
 from sockhop.datapath.end_by_netlink import NetlinkMethod
 from sockhop.datapath.outcome import Action, Outcome
 from sockhop.datapath.records import BackendRecord, Total
-from sockhop.datapath.sockets import Pair, Socket
+from sockhop.datapath.sockets import Pair, Socket, Sockets
 from sockhop.errors import SystemLackError
-from sockhop.kernel.namespaces import Namespace, NamespaceGone, Namespaces
+from sockhop.kernel.namespaces import Namespace, NamespaceGone, Namespaces, namespace_of
+from sockhop.kernel.procfs import borrowed, find_holders
+from sockhop.kernel.syscall import KernelError
 
 __all__ = ["Action", "Engine", "EngineName", "Method", "Outcome", "choose_engine"]
 
@@ -80,23 +82,25 @@ class Engine:
         *namespaces* (cookies). Each socket once in the result, those that are left not at all.
         """
         wanted = {Pair(*pair) for pair in pairs}
-        with BalanceMaps(self._pins) as maps:
-            counted = self._places(maps, wanted, None if namespaces is None else set(namespaces))
-            known = maps.backends.get_many(pair.backend for pair in wanted)
         outcomes: dict[int, Outcome] = {}
-        for _ in range(PASSES):
-            if not counted:
-                break
-            places = list(counted)
-            found = self._try(lambda method: method.end_pairs(wanted, known, places), self._methods)  # noqa: B023
-            outcomes.update((each.socket.cookie, each) for each in found)
-            ended = Counter(each.socket.netns for each in found if each.action is Action.SEVERED)
-            # The index is an upper bound: where as many have ended, there are no others.
-            counted = {
-                place: number - ended[place.inode]
-                for place, number in counted.items()
-                if 0 < ended[place.inode] < number
-            }
+        with BalanceMaps(self._pins) as maps, ExitStack() as held:
+            at_most = self._count(maps, wanted, None if namespaces is None else set(namespaces))
+            known = maps.backends.get_many(pair.backend for pair in wanted)
+            places = self._namespaces.by_cookie(at_most)
+            if lost := at_most.keys() - {place.cookie for place in places}:
+                hidden = self._sockets_of(wanted, lost)
+                places += self._through(hidden, held)
+                outcomes |= _unreachable(hidden, places)
+            for _ in range(PASSES):
+                if not places:
+                    break
+                found = self._pass(wanted, known, places)
+                outcomes.update((each.socket.cookie, each) for each in found)
+                ended = Counter(s.socket.netns for s in found if s.action is Action.SEVERED)
+                for place in places:
+                    at_most[place.cookie] -= ended[place.inode]
+                # The index is an upper bound: where as many have ended, there are no others.
+                places = [p for p in places if ended[p.inode] and at_most[p.cookie] > 0]
         return list(outcomes.values())
 
     def sever_sockets(self, sockets: Iterable[Socket]) -> list[Outcome]:
@@ -112,12 +116,53 @@ class Engine:
                 outcomes.append(Outcome(each, Action.LEFT, reason))
             else:
                 by_place.setdefault(each.netns, []).append(each)
-        for place in self._namespaces.by_inode(by_place):
-            with suppress(NamespaceGone):
-                outcomes += self._end_in(place, by_place[place.inode])
-                del by_place[place.inode]
-        lost = [each for others in by_place.values() for each in others]
-        return outcomes + [Outcome(each, Action.GONE, "its namespace is gone") for each in lost]
+        with ExitStack() as held:
+            places = self._namespaces.by_inode(by_place)
+            lost = by_place.keys() - {place.inode for place in places}
+            places += self._through([s for number in lost for s in by_place[number]], held)
+            for place in places:
+                with suppress(NamespaceGone):
+                    outcomes += self._end_in(place, by_place[place.inode])
+                    del by_place[place.inode]
+        left = [each for others in by_place.values() for each in others]
+        return outcomes + [Outcome(each, Action.GONE, "its namespace is gone") for each in left]
+
+    def _count(
+        self, maps: BalanceMaps, pairs: Set[Pair], only: Set[int] | None
+    ) -> dict[int, float]:
+        """Return how many sockets of *pairs* there are at most, by namespace (cookie).
+
+        Any number, everywhere, where the live index has been full.
+        """
+        counted: dict[int, float] = {}
+        for key, number in maps.live.items() if pairs else ():
+            if number and (key.service, key.backend) in pairs:
+                counted[key.netns] = counted.get(key.netns, 0) + number
+        if pairs and maps.totals.get(Total.LIVE_FULL):
+            counted |= {place.cookie: inf for place in self._namespaces.all()}
+        return {place: n for place, n in counted.items() if only is None or place in only}
+
+    def _sockets_of(self, pairs: Set[Pair], cookies: Set[int]) -> list[Socket]:
+        """Return those of *pairs* in these namespaces: the index may count others for ever."""
+        with Sockets(self._pins) as programs:
+            found = programs.of_pairs(pairs)
+        return [s for s in found if s.origin and s.origin.netns in cookies and s.is_open]
+
+    def _through(self, sockets: Sequence[Socket], held: ExitStack) -> list[Namespace]:
+        """Return the namespaces to which nothing but these sockets leads, while *held* is open."""
+        holders = find_holders({each.inode for each in sockets})
+        found: dict[int, Namespace] = {}
+        for each in sockets:
+            for holder in holders.get(each.inode, ()):
+                if each.netns not in found:
+                    with suppress(KernelError), borrowed(holder) as own:
+                        found[each.netns] = held.enter_context(namespace_of(own))
+        return list(found.values())
+
+    def _pass(
+        self, pairs: Set[Pair], known: Mapping[int, BackendRecord], places: Sequence[Namespace]
+    ) -> list[Outcome]:
+        return self._try(lambda method: method.end_pairs(pairs, known, places), self._methods)
 
     def _end_in(self, place: Namespace, sockets: Sequence[Socket]) -> list[Outcome]:
         protocols = {each.protocol for each in sockets}
@@ -126,23 +171,6 @@ class Engine:
             reason = f"the engine {self.name} does not end sockets of this protocol"
             return [Outcome(each, Action.REFUSED, reason) for each in sockets]
         return self._try(lambda method: method.end_sockets(sockets, place), able)
-
-    def _places(
-        self, maps: BalanceMaps, pairs: Set[Pair], only: Set[int] | None
-    ) -> dict[Namespace, float]:
-        """Return where there may be sockets of *pairs*, and how many at most.
-
-        Everywhere and any number, where the live index has been full.
-        """
-        counted: Counter[int] = Counter()
-        for key, number in maps.live.items() if pairs else ():
-            if (key.service, key.backend) in pairs and (only is None or key.netns in only):
-                counted[key.netns] += number
-        if pairs and maps.totals.get(Total.LIVE_FULL):
-            everywhere = self._namespaces.all()
-            return {each: inf for each in everywhere if only is None or each.cookie in only}
-        found = self._namespaces.by_cookie([cookie for cookie, number in counted.items() if number])
-        return {each: counted[each.cookie] for each in found}
 
     def _try(
         self, end: Callable[[Method], list[Outcome]], methods: Sequence[Method]
@@ -157,6 +185,16 @@ class Engine:
                 )
                 self.failures[method.name] += 1
         return end(last)
+
+
+def _unreachable(hidden: Sequence[Socket], places: Sequence[Namespace]) -> dict[int, Outcome]:
+    reached = {place.inode for place in places}
+    reason = "its network namespace cannot be entered"
+    return {
+        each.cookie: Outcome(each, Action.REFUSED, reason)
+        for each in hidden
+        if each.netns not in reached and not each.reason_to_leave
+    }
 
 
 class EngineName(StrEnum):

@@ -1,5 +1,8 @@
 """Every network namespace of the node, and the way into it (network_namespaces(7), nsfs)."""
 
+import fcntl
+import os
+import socket
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -8,10 +11,12 @@ from typing import NamedTuple
 from sockhop.errors import InputError, SockhopError
 from sockhop.kernel import netns
 from sockhop.kernel.mounts import mounts
+from sockhop.kernel.syscall import KernelError
 
-__all__ = ["Namespace", "NamespaceGone", "Namespaces", "entered", "mounted_names"]
+__all__ = ["Namespace", "NamespaceGone", "Namespaces", "entered", "mounted_names", "namespace_of"]
 
 _PROC = Path("/proc")
+_SIOCGSKNS = 0x894C
 _NAMED = Path("/run/netns")
 
 
@@ -42,12 +47,32 @@ def entered(namespace: Namespace) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def namespace_of(own: socket.socket) -> Iterator[Namespace]:
+    """Yield the namespace of a socket, which may be all that holds it; KernelError without rights.
+
+    Linux kernel commit c62cce2caee5 ("net: add an ioctl to get a socket network namespace")
+    (in v4.10).
+    """
+    try:
+        fd = fcntl.ioctl(own, _SIOCGSKNS)
+    except OSError as error:
+        raise KernelError("asking a socket for its namespace", error.errno or 0) from None
+    try:
+        path = Path(f"/proc/self/fd/{fd}")
+        with netns.entered(path):
+            found = Namespace(netns.inode(path), netns.current_cookie(), path)
+        yield found
+    finally:
+        os.close(fd)
+
+
 class Namespaces:
     """Finds network namespaces, and remembers where.
 
     It looks at what threads are in, at mounts in every mount namespace (`ip netns`, Docker and
-    containerd keep theirs so), and at open descriptors. A namespace that only a socket holds is
-    not found.
+    containerd keep theirs so), and at open descriptors. One that only a socket holds is not found:
+    see :func:`namespace_of`.
     """
 
     def __init__(self) -> None:

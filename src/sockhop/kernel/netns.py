@@ -59,8 +59,14 @@ def netns_of(own: socket.socket) -> Iterator[Path]:
 
 @contextmanager
 def entered(path: Path) -> Iterator[None]:
-    """Run the body in the network namespace at *path*: this thread only (setns(2))."""
+    """Run the body in the network namespace at *path*: this thread only (setns(2)).
+
+    Where that is the one that it is in already, no right is needed.
+    """
     with _opened(_SELF) as before, _opened(path) as target:
+        if os.path.sameopenfile(before, target):
+            yield
+            return
         _setns(target, str(path))
         try:
             yield
