@@ -191,6 +191,8 @@ def test_sever(bench: Bench) -> None:
     assert [(run["sockets"], run["namespaces"], run["backends"]) for run in report["runs"]] == [
         (1000, 1, 1), (1000, 3, 1), (1000, 3, 500)
     ]  # fmt: skip
+    assert report["change_sockets"] == 100
+    assert_spread(report["change_milliseconds"])
     for run in report["runs"]:
         assert run["matching"] == 10
         ways = {each["way"]: each for each in run["results"]}

@@ -1,22 +1,18 @@
 """Many balanced sockets in many network namespaces, some of them at backends that are to go."""
 
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
-
 from sockhop.agent.installer import Installer
 from sockhop.agent.plan import make_plan
 from sockhop.agent.target import expand
-from sockhop.bench.holder import MOST, Close, Group, Open, Prepare
+from sockhop.bench.holder import COMMAND, MOST, Close, Group, Holder, Open, Prepare
 from sockhop.bench.rooms import Site
 from sockhop.datapath.balancer import Balancer, remove_pins
 from sockhop.datapath.sockets import Pair
-from sockhop.errors import SockhopError
 from sockhop.kernel import netns
 from sockhop.kernel.cgroups import open_cgroup
 from sockhop.model import Backend, Desired, Frontend, Protocol, Service, pack_address
@@ -59,7 +55,7 @@ class Crowd:
         self.site = site
         self.shape = shape
         self.names = [f"{site.name}-{number}" for number in range(shape.namespaces)]
-        self._holders: list[subprocess.Popen[bytes]] = []
+        self._holders: list[Holder] = []
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -75,12 +71,13 @@ class Crowd:
     def reopen(self) -> None:
         """Make the sockets that are at the backends that go, anew."""
         shape, places = self.shape, self.names[:_MATCHING_NAMESPACES]
-        self._ask(Close("doomed"))
-        self._ask(Close("direct"))
+        holder = self._holders[0]
+        holder.ask(Close("doomed"))
+        holder.ask(Close("direct"))
         doomed = _parts(shape.matching, places, _DOOMED, 80)
         direct = _parts(shape.direct, places, self.doomed[0].address, PORT)
-        self._ask(Open("doomed", doomed))
-        self._ask(Open("direct", direct))
+        holder.ask(Open("doomed", doomed))
+        holder.ask(Open("direct", direct))
 
     # --- what is made -------------------------------------------------------------------------
 
@@ -115,42 +112,25 @@ class Crowd:
     def _start_holders(self) -> None:
         shape = self.shape
         groups = _parts(shape.sockets - shape.matching, self.names, _REST, 80)
-        first = self._start()
-        self._ask(Prepare([str(_path(name)) for name in self.names], PORT), [first])
+        self._start().ask(Prepare([str(_path(name)) for name in self.names], PORT))
         for share in _shares(groups):
-            self._ask(Open("rest", share), [self._start()])
+            self._start().ask(Open("rest", share))
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> Holder:
         group = self.site.cgroup / "holders"
         group.mkdir(exist_ok=True)
         process = subprocess.Popen(
-            ["sh", "-c", _JOIN, str(group), sys.executable, "-P", "-m", "sockhop.bench.holder"],
+            ["sh", "-c", _JOIN, str(group), *COMMAND],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
-        self._holders.append(process)
-        return process
-
-    def _ask(
-        self, request: Prepare | Open | Close, holders: Sequence[subprocess.Popen[bytes]] = ()
-    ) -> None:
-        for holder in holders or self._holders[:1]:
-            assert holder.stdin
-            assert holder.stdout
-            holder.stdin.write(msgspec.json.encode(request) + b"\n")
-            holder.stdin.flush()
-            answer = holder.stdout.readline()
-            if answer != b'""\n':
-                raise SockhopError(f"a holder of sockets failed: {answer.decode() or 'it ended'}")
+        self._holders.append(Holder(process))
+        return self._holders[-1]
 
     def _disperse(self) -> None:
         for holder in self._holders:
-            holder.kill()
-            holder.wait()
-            for pipe in (holder.stdin, holder.stdout):
-                assert pipe
-                pipe.close()
+            holder.end()
         self._holders = []
 
 

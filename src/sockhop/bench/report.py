@@ -218,10 +218,16 @@ class SeverRun(msgspec.Struct, frozen=True):
 
 
 class SeverReport(msgspec.Struct, frozen=True):
-    """`sockhop bench sever`."""
+    """`sockhop bench sever`.
+
+    `change_milliseconds`: from the rename of a manifest to the last of `change_sockets` ended, all
+    at one backend that it replaces, by an agent.
+    """
 
     benchmark: str
     command: list[str]
     machine: Machine
     rounds: int
     runs: list[SeverRun]
+    change_sockets: int
+    change_milliseconds: Spread

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sockhop.bench.crowd import PORT, Crowd, Shape
+from sockhop.bench.ending import measure_change
 from sockhop.bench.report import Machine, SeverReport, SeverResult, SeverRun, spread_of
 from sockhop.bench.rooms import Site, prefer
 from sockhop.datapath.end_by_iterator import IteratorMethod
@@ -28,10 +29,11 @@ Way = Callable[[], object]
 
 
 class SeverPlan(NamedTuple):
-    """What to measure: each shape, `rounds` times by each way."""
+    """What to measure: each shape, `rounds` times by each way; a change of so many sockets."""
 
     shapes: Sequence[Shape]
     rounds: int
+    change: int
 
 
 def measure_severing(
@@ -39,12 +41,16 @@ def measure_severing(
 ) -> SeverReport:
     """Measure as *plan* says, in this process; *say* hears how it goes."""
     prefer(os.getpid())
+    say(f"{plan.change:,} sockets and an agent: a backend goes")
+    change = spread_of(measure_change(site, plan.change, plan.rounds))
     return SeverReport(
         benchmark="sever",
         command=command,
         machine=Machine.here(),
         rounds=plan.rounds,
         runs=[_measure(site, shape, plan.rounds, say) for shape in plan.shapes],
+        change_sockets=plan.change,
+        change_milliseconds=change,
     )
 
 

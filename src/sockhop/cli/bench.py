@@ -224,8 +224,9 @@ def sever(
 
     1 % of the sockets are at these, in three of the namespaces. By `ss -K` in every namespace, by
     an iterator in every namespace, and by sockhop's two engines; with hash tables that all
-    namespaces share and with their own; and with 500 backends at once. A table goes to standard
-    error, JSON to standard output.
+    namespaces share and with their own; and with 500 backends at once. And from a change of a
+    manifest to the last of 1,000 sockets ended, with an agent. A table goes to standard error, JSON
+    to standard output.
     """
     from sockhop.bench.crowd import Shape  # noqa: PLC0415 (slow)
     from sockhop.bench.sever import SeverPlan, measure_severing  # noqa: PLC0415
@@ -239,7 +240,7 @@ def sever(
         for place in places
     ]
     shapes.append(Shape(max(counts), max(places), 500, own_tables=False))
-    plan = SeverPlan(shapes, rounds)
+    plan = SeverPlan(shapes, rounds, change=100 if quick else 1_000)
     report = _perform([output], lambda site: measure_severing(site, plan, sys.argv[1:], _say))
     _publish(report, output)
     _say(_sever_table(report))
@@ -402,4 +403,9 @@ def _sever_table(report: "SeverReport") -> str:
             ]
             for result in run.results
         ]
-    return f"{table(rows)}\n\n{report.rounds} rounds; {report.machine.cpu}"
+    change = report.change_milliseconds
+    return (
+        f"{table(rows)}\n\n{report.rounds} rounds; {report.machine.cpu}\n"
+        f"from a change of a manifest to the last of {report.change_sockets:,} sockets ended: "
+        f"{change.median:,.0f} ms ({_quartiles(change, ',.0f')})"
+    )
