@@ -44,22 +44,22 @@ Mover = Callable[[Sequence[Socket]], Iterable[Outcome]]
 class _Work:
     """How far an order is. `next`: when to look at it again; `over`: when its last sockets end."""
 
-    def __init__(self, order: Order, at: float) -> None:
+    def __init__(self, order: Order) -> None:
         self.order, self.since = order, order.since
         self.tries = 0
         self.parked = 0
         self.drain: Drain | None = None
-        self.next, self.over = at, order.since
+        self.next = self.over = order.since
         intent = order.intent
         if intent.kind is IntentKind.RESTEER:
             self.over = math.inf
         elif intent.kind is IntentKind.DRAIN and order.protocol is Protocol.TCP:
-            self.drain = Drain(intent, order.since, at)
+            self.drain = Drain(intent, order.since, now())
             self.over = math.inf if intent.deadline is None else order.since + intent.deadline
         elif intent.kind is IntentKind.DRAIN:
             # Datagrams are not acknowledged: nobody can tell whether a UDP socket makes progress.
             self.over = order.since + intent.after
-            self.next = max(at, self.over)
+            self.next = self.over
 
     def is_about(self, order: Order) -> bool:
         """Whether it is still the same order, and its time began when it did."""
@@ -121,8 +121,8 @@ class Carrier:
             for each in old.entry.backends
         }
         for work in self._work.values():
-            if work.parked:
-                work.next = now()
+            if work.parked or work.order.trigger is not Trigger.REMOVED:
+                work.next = min(work.next, now())
         for order in [each for each in self._orders if each.standing is Standing.RETURNED]:
             if not self._live()[order.pair]:
                 self._orders.drop(order.pair)
@@ -160,7 +160,7 @@ class Carrier:
         done: list[tuple[Outcome, Cause]] = []
         if sever:
             outcomes = self._engine.sever_pairs({order.pair for order in sever})
-            done += [(each, causes[pair]) for each in outcomes if (pair := each.socket.pair)]
+            done += _with_causes(outcomes, causes)
         for order in sever:
             works[order.pair].again(at)
         sockets = self._open_sockets([*move, *drain])
@@ -179,9 +179,7 @@ class Carrier:
             able = [each for each in mine if self._has_backend(each)]
             self._park(order, len(mine) - len(able))
             ready += able
-        for outcome in self._move(ready) if ready else ():
-            if pair := outcome.socket.pair:
-                yield outcome, causes[pair]
+        yield from _with_causes(self._move(ready) if ready else (), causes)
 
     def _drained(
         self,
@@ -205,20 +203,22 @@ class Carrier:
         for pair, some in probe.items():
             if drain := self._work[pair].drain:
                 drain.reached({each.cookie for each in some} & reached)
-        for outcome in self._engine.sever_sockets(end) if end else ():
-            if meant := outcome.socket.pair:
-                yield outcome, causes[meant]
+        yield from _with_causes(self._engine.sever_sockets(end) if end else (), causes)
 
     def _unfinished(self, orders: Sequence[Order]) -> list[Order]:
-        """Forget those of which no socket is left; return the others."""
+        """Return those of which sockets are left; forget the others, if they get no more."""
         self._sockets.settle()
         left: Mapping[Pair, int | Sequence[Socket]] = self._live()
         if self._maps.totals.get(Total.LIVE_FULL):  # the index has not seen all sockets
             left = self._open_sockets(orders)
         for order in orders:
-            if not left.get(order.pair):
+            if left.get(order.pair):
+                continue
+            if order.trigger is Trigger.REMOVED:
                 self._orders.drop(order.pair)
                 del self._work[order.pair]
+            else:  # it may get sockets as long as it is there, where nothing better is
+                self._work[order.pair].again(now())
         return [order for order in orders if left.get(order.pair)]
 
     def _open_sockets(self, orders: Sequence[Order]) -> Mapping[Pair, Sequence[Socket]]:
@@ -266,7 +266,6 @@ class Carrier:
 
     def _due_ever(self) -> Iterator[Order]:
         """Yield the orders that may be carried out, each with its work."""
-        at = now()
         for order in self._orders:
             if order.standing is not Standing.DUE:
                 self._work.pop(order.pair, None)
@@ -277,7 +276,7 @@ class Carrier:
                 continue
             work = self._work.get(order.pair)
             if work is None or not work.is_about(order):
-                self._work[order.pair] = _Work(order, at)
+                self._work[order.pair] = _Work(order)
             yield order
 
 
@@ -296,6 +295,16 @@ def _sorted(
         else:
             drain.append(order)
     return sever, move, drain
+
+
+def _with_causes(outcomes: Iterable[Outcome], causes: _Causes) -> Iterator[tuple[Outcome, Cause]]:
+    """Yield each outcome with why; it goes on record even if no order is known for it."""
+    for each in outcomes:
+        pair = each.socket.pair
+        yield each, (causes.get(pair) if pair else None) or _UNKNOWN
+
+
+_UNKNOWN = Cause("unknown", "no order asked for that")
 
 
 def _cause(order: Order) -> Cause:

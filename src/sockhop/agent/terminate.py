@@ -82,17 +82,22 @@ class Terminator:
         self._prepared = None
         if not found:
             return
-        found += self._returned(found)
+        found += self._earlier(found)
         sockets, _ = live_sockets(self._maps.live.items())
-        if not self._maps.totals.get(Total.LIVE_FULL):  # else the index has not seen them all
-            found = [each for each in found if sockets[each.pair]]
-        held = self._limits.reason_to_wait(plan, installed, may_end(found, sockets))
+        everywhere = bool(self._maps.totals.get(Total.LIVE_FULL))  # the index has not seen them all
+        live = [each for each in found if everywhere or sockets[each.pair]]
+        pairs, held = {each.pair for each in live}, ""
+        if any(each.intent.kind is not IntentKind.LEAVE for each in live):
+            held = self._limits.reason_to_wait(plan, installed, may_end(live, sockets))
         change, at = self._maps.setting(Setting.GENERATION) + 1, now()
         for each in found:
             self._orders.drop(each.pair)
-            if each.intent.kind is not IntentKind.LEAVE:
+            # What is removed gets no more sockets; a backend in another state may, if it serves.
+            if each.intent.kind is not IntentKind.LEAVE and (
+                each.pair in pairs or each.trigger is not Trigger.REMOVED
+            ):
                 self._orders.add(_order(each, change, at, held))
-        self._prepared = _Prepared(change, found, sockets, held)
+        self._prepared = _Prepared(change, live, sockets, held)
         self._orders.save()
 
     def begin(self, *, applied: bool = True) -> None:
@@ -175,13 +180,17 @@ class Terminator:
             return self._services[service].intents
         return self._orders.rules.get(service, ())
 
-    def _returned(self, found: Iterable[Concern]) -> list[Concern]:
-        """The same concerns for sockets that know a backend under the id it had earlier."""
+    def _earlier(self, found: Iterable[Concern]) -> list[Concern]:
+        """The same concerns for sockets that know a backend under an id that it had earlier."""
         earlier: defaultdict[Member, list[Pair]] = defaultdict(list)
         for order in self._orders:
-            if order.standing is Standing.RETURNED:
-                earlier[order.member].append(order.pair)
-        return [each._replace(pair=pair) for each in found for pair in earlier[each.member]]
+            earlier[order.member].append(order.pair)
+        return [
+            each._replace(pair=pair)
+            for each in found
+            for pair in earlier[each.member]
+            if pair != each.pair
+        ]
 
     def _reconcile(self, order: Order, at: float) -> None:
         """Compare an order with what is installed: it may have come back, or never have left."""
