@@ -60,7 +60,7 @@ def test_much_without_an_answer_goes_by_the_stack(stage: Stage) -> None:
         assert client.recv(10) == b"answer"
         for _ in range(4):
             client.sendall(b"b" * piece)
-        assert read_exactly(server, 4 * piece) == b"b" * 4 * piece
+            assert read_exactly(server, piece) == b"b" * piece
         assert tcp_info(client).bytes_sent == 0
         client.sendall(b"too much")
         assert server.recv(10) == b"too much"
@@ -97,7 +97,7 @@ def test_a_reader_that_never_reads_bounds_its_sender(stage: Stage) -> None:
         spliced = sent(client)
     with stage.switched_off(), pair(stage) as (client, _):
         plain = sent(client)
-    assert spliced <= plain + SPLICE_BUDGET
+    assert spliced <= plain + 65536
     # Both ends write and nobody reads: each message is an answer, but the queue is full.
     with pair(stage) as (client, server):
         for _ in range(100):
@@ -106,7 +106,8 @@ def test_a_reader_that_never_reads_bounds_its_sender(stage: Stage) -> None:
         assert stage.lane(client) is stage.lane(server) is LaneMode.STACK
         entries = stage.entries()
         assert entries[cookie(client)].lane.reason == SpliceReason.BACKLOG
-        assert entries[cookie(client)].lane.spliced <= SPLICE_BUDGET
+        room = server.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        assert entries[cookie(client)].lane.spliced <= room // 2
 
 
 @pytest.mark.parametrize("size", [2304, 8192])

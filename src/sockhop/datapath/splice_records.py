@@ -21,8 +21,11 @@ __all__ = [
     "reason_counts",
 ]
 
-SPLICE_BUDGET = 64 * 1024
-"""Bytes that go one way without an answer before the direction returns to the stack."""
+SPLICE_BUDGET = 256 * 1024
+"""Bytes that go one way without an answer before the direction returns to the stack.
+
+So that messages of 64 KiB there and back, some of them at once, stay spliced: those gain most. What
+is unread is limited apart from that, by half of the receive buffer (64 KiB by default)."""
 
 
 class SpliceSetting(IntEnum):
