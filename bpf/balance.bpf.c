@@ -42,7 +42,7 @@ static __always_inline enum verdict balance(struct bpf_sock_addr *ctx, struct fr
 	if (move && !is_still_there(ctx, move))
 		return TOO_LATE;
 	/* A balanced socket that goes elsewhere is seen by its peer, which is not its backend. */
-	if (!find_frontend(ctx, key, frontend) || !is_for(ctx, frontend))
+	if (!find_for(ctx, key, frontend))
 		return PASS;
 	if (move && move->backend ? !choose_named(frontend, move->backend, choice)
 				  : !choose(ctx, frontend, choice))
@@ -204,37 +204,36 @@ static __always_inline bool avoid_shared(const struct frontend *frontend,
 }
 
 /* With a stack of its own: that of a hook has to have room for sockhop_denies_*, too. */
-static __noinline enum verdict balance_datagram(struct bpf_sock_addr *ctx, struct frontend_key *key,
+static __noinline enum verdict balance_datagram(struct bpf_sock_addr *ctx,
+						const struct frontend_key *key,
+						const struct frontend *frontend,
 						struct choice *choice)
 {
 	__u64 cookie = bpf_get_socket_cookie(ctx);
-	struct frontend frontend = {};
 	struct datagram_peers *peers;
 	struct datagram_peer fresh;
 	__u32 before;
 
-	if (!find_frontend(ctx, key, &frontend) || !is_for(ctx, &frontend))
-		return PASS;
 	if (names_its_peer(ctx, key, &choice->slot))
-		return may_send(ctx, &choice->slot) ? BALANCED : counted(&frontend, NO_BACKEND);
+		return may_send(ctx, &choice->slot) ? BALANCED : counted(frontend, NO_BACKEND);
 	peers = bpf_sk_storage_get(&datagrams, ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	fresh = new_peer(key);
 	before = backend_before(peers, cookie, key, &fresh.used);
-	if (serves(before, frontend.service, BACKEND_ACTIVE, 0, &choice->slot))
+	if (serves(before, frontend->service, BACKEND_ACTIVE, 0, &choice->slot))
 		goto stays;
-	if (!choose(ctx, &frontend, choice) || !may_send(ctx, &choice->slot))
-		return counted(&frontend, NO_BACKEND);
+	if (!choose(ctx, frontend, choice) || !may_send(ctx, &choice->slot))
+		return counted(frontend, NO_BACKEND);
 	/* None is active: those that serve instead keep their sockets, too. */
 	if (choice->slot.state != BACKEND_ACTIVE &&
-	    serves(before, frontend.service, choice->slot.state, 1, &choice->slot))
+	    serves(before, frontend->service, choice->slot.state, 1, &choice->slot))
 		goto stays;
-	if (!frontend.affinity && !avoid_shared(&frontend, peers, cookie, key, &choice->slot))
-		return counted(&frontend, NO_BACKEND);
+	if (!frontend->affinity && !avoid_shared(frontend, peers, cookie, key, &choice->slot))
+		return counted(frontend, NO_BACKEND);
 	use_backend(&fresh, &choice->slot);
 	if (!peers)
 		fall_back();
 	keep_peer(peers, cookie, key, &fresh);
-	return counted(&frontend, BALANCED);
+	return counted(frontend, BALANCED);
 
 stays:
 	use_backend(&fresh, &choice->slot);
@@ -247,11 +246,13 @@ SEC("cgroup/sendmsg4")
 int sockhop_sendmsg4(struct bpf_sock_addr *ctx)
 {
 	struct frontend_key key = KEY4(ctx);
+	struct frontend frontend = {};
 	struct choice choice = {};
 
 	if (setting(SETTING_BYPASS))
 		return ALLOW;
-	switch (balance_datagram(ctx, &key, &choice)) {
+	switch (find_for(ctx, &key, &frontend) ? balance_datagram(ctx, &key, &frontend, &choice)
+					       : PASS) {
 	case NO_BACKEND:
 		return reject(EHOSTUNREACH);
 	case BALANCED:
@@ -265,11 +266,13 @@ SEC("cgroup/sendmsg6")
 int sockhop_sendmsg6(struct bpf_sock_addr *ctx)
 {
 	struct frontend_key key = KEY6(ctx);
+	struct frontend frontend = {};
 	struct choice choice = {};
 
 	if (setting(SETTING_BYPASS))
 		return ALLOW;
-	switch (balance_datagram(ctx, &key, &choice)) {
+	switch (find_for(ctx, &key, &frontend) ? balance_datagram(ctx, &key, &frontend, &choice)
+					       : PASS) {
 	case NO_BACKEND:
 		return reject(EHOSTUNREACH);
 	case BALANCED:

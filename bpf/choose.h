@@ -46,7 +46,8 @@ static __always_inline bool read_frontend(const struct frontend_key *key, struct
 		if (same_address(found->key.address, key->address) &&
 		    READ_ONCE(found->key.netns) == key->netns &&
 		    READ_ONCE(found->key.port) == key->port &&
-		    READ_ONCE(found->key.protocol) == key->protocol)
+		    READ_ONCE(found->key.protocol) == key->protocol &&
+		    READ_ONCE(found->key.layer) == key->layer)
 			return true;
 		count(TOTAL_RETRIES);
 	}

@@ -16,26 +16,45 @@ static __always_inline __u32 listed(__u32 frontend, __u64 cgroup)
 	return found ? READ_ONCE(*found) : 0;
 }
 
-static __always_inline bool is_for(struct bpf_sock_addr *ctx, const struct frontend *frontend)
+/* A function of its own, which the verifier looks at once. */
+__noinline int sockhop_serves(struct bpf_sock_addr *ctx, __u32 frontend, __u32 flags)
 {
 	struct cgroup *cgroup, *ancestor;
 	__u32 said = 0;
 	int level, depth;
 
-	if (!(frontend->flags & FRONTEND_CLIENTS))
-		return true;
 	/* Without the cast nothing is known of the socket's cgroup: serve nobody who must be listed. */
 	if (!bpf_rdonly_cast)
-		return !(frontend->flags & FRONTEND_LISTED_ONLY);
+		return !(flags & FRONTEND_LISTED_ONLY);
 	cgroup = BPF_CORE_READ(
 		(struct sock *)bpf_rdonly_cast(ctx->sk, bpf_core_type_id_kernel(struct sock)),
 		sk_cgrp_data.cgroup);
 	level = BPF_CORE_READ(cgroup, level);
 	for (depth = 0; depth < DEEPEST && !said && level - depth >= 0; depth++) {
 		ancestor = BPF_CORE_READ(cgroup, ancestors[level - depth]);
-		said = listed(frontend->id, BPF_CORE_READ(ancestor, kn, id));
+		said = listed(frontend, BPF_CORE_READ(ancestor, kn, id));
 	}
-	return said ? said == CLIENT_SERVED : !(frontend->flags & FRONTEND_LISTED_ONLY);
+	return said ? said == CLIENT_SERVED : !(flags & FRONTEND_LISTED_ONLY);
+}
+
+static __always_inline bool is_for(struct bpf_sock_addr *ctx, const struct frontend *frontend)
+{
+	return !(frontend->flags & FRONTEND_CLIENTS) ||
+	       sockhop_serves(ctx, frontend->id, frontend->flags);
+}
+
+/* What key is for this socket: a redirect, or else a service. */
+static __always_inline bool find_for(struct bpf_sock_addr *ctx, struct frontend_key *key,
+				     struct frontend *found)
+{
+	if (setting(SETTING_REDIRECTS)) {
+		key->layer = LAYER_REDIRECTS;
+		if (find_frontend(ctx, key, found) && is_for(ctx, found))
+			return true;
+		key->layer = LAYER_SERVICES;
+		key->netns = 0;
+	}
+	return find_frontend(ctx, key, found) && is_for(ctx, found);
 }
 
 #endif /* SOCKHOP_CLIENTS_H */

@@ -18,6 +18,7 @@ enum setting {
 	SETTING_NEXT_BACKEND,
 	SETTING_FALLBACK, /* not 0: provenance_by_cookie has been used */
 	SETTING_MOVING, /* not 0: look in moves before a socket connects */
+	SETTING_REDIRECTS, /* not 0: there are frontends in LAYER_REDIRECTS */
 	SETTINGS,
 };
 
@@ -27,7 +28,13 @@ struct frontend_key {
 	__u64 netns;
 	__u16 port;
 	__u8 protocol;
-	__u8 pad[5];
+	__u8 layer; /* enum layer */
+	__u8 pad[4];
+};
+
+enum layer {
+	LAYER_SERVICES,
+	LAYER_REDIRECTS, /* looked up first; for whom it is not, the other one holds */
 };
 
 enum frontend_flag {

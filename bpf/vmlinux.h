@@ -279,6 +279,7 @@ struct sock {
 	struct sock_cgroup_data sk_cgrp_data;
 	struct socket *sk_socket;
 	__u8 sk_userlocks; /* of some kernels a bit-field */
+	__u32 sk_max_ack_backlog;
 };
 
 struct bpf_prog;

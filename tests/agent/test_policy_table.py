@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sockhop.agent.policy_table import Place, compile_policies
+from sockhop.agent.policy_table import Judge, Place, compile_policies
 from sockhop.model import Clients, Policy, PolicyAction, Ports, Protocol, Rule, pack_address
 
 pytestmark = pytest.mark.unit
@@ -127,7 +127,7 @@ def test_the_tables_decide_as_the_policies_say(
     for address in ADDRESSES:
         for protocol, ports in ((TCP, EDGES), (UDP, EDGES), (ICMP, [0])):
             for port in ports:
-                verdict = table.decide(netns, ids, pack_address(address), protocol, port)
+                verdict = Judge(table).decide(netns, ids, pack_address(address), protocol, port)
                 wanted = denied(policies, netns, cgroup, (address, protocol, port))
                 assert verdict.denied == wanted, (address, protocol, port)
                 assert bool(verdict.policy) == wanted

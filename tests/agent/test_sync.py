@@ -20,6 +20,7 @@ from sockhop.agent.target import expand
 from sockhop.datapath.balancer import BalanceMaps, Balancer, remove_pins
 from sockhop.datapath.policies import PolicyMaps
 from sockhop.kernel.bpffs import lock_directory
+from sockhop.kernel.cgroups import cgroup_root
 from sockhop.kernel.syscall import KernelError
 from sockhop.model import Backend, Desired, Frontend, Protocol, Service
 from sockhop.sources.files import Loaded
@@ -52,7 +53,7 @@ class Source:
         self.loaded = Loaded(Desired(), ())
         self.places: dict[str, int] = {}
         self.state = AgentState(os.getpid(), "", 0, "", "", SourceState([]))
-        policies = PolicyKeeper(_policy_maps(maps.pins))
+        policies = PolicyKeeper(_policy_maps(maps.pins), cgroup_root())
         self.sync = Synchronizer(lambda: self.loaded, Installer(maps), policies, self.state, HOME)
         patched: Any = self.sync.places
         patched.find = lambda desired: self.places

@@ -5,13 +5,13 @@ The process that makes a :class:`Node` is inside its sandbox, and its sockets ar
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sockhop.agent.installer import Installer
 from sockhop.agent.plan import make_plan
-from sockhop.agent.target import expand
+from sockhop.agent.target import expand, with_redirects
 from sockhop.datapath.balancer import Balancer, map_directory
 from sockhop.datapath.records import Counters, FrontendKey, Provenance, Setting, Total
 from sockhop.datapath.sockets import Sockets
@@ -26,6 +26,7 @@ from sockhop.model import (
     Desired,
     Frontend,
     Protocol,
+    Redirect,
     Service,
     pack_address,
     unpack_address,
@@ -97,9 +98,18 @@ class Node:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def install(self, *services: Service) -> int:
-        """Make *services* all that there is; return the generation."""
-        target = expand(Desired(services), self.home)
+    def install(
+        self,
+        *services: Service,
+        redirects: Sequence[Redirect] = (),
+        places: Mapping[str, int] | None = None,
+    ) -> int:
+        """Make *services* all that there is; return the generation.
+
+        *places*: what they name by path, cookies and ids.
+        """
+        desired = with_redirects(Desired(services, (), tuple(redirects)))
+        target = expand(desired, self.home, places or {})
         plan = make_plan(target, self.installer.installed)
         return self.installer.apply(plan)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sockhop.agent.policy_installer import read_policies
+from sockhop.agent.policy_table import Judge
 from sockhop.datapath.policies import PolicySetting
 from sockhop.errors import SystemLackError
 from sockhop.kernel.cgroups import cgroup_id, cgroup_root
@@ -283,7 +284,7 @@ def test_random_policies_decide_as_their_table_says(policed: Policed) -> None:
                         for kind in KINDS:
                             port = chance.choice([7, 8, 53, 54, 80, 8080, 65535])
                             number = Protocol("TCP" if kind == "tcp" else "UDP").number
-                            said = table.decide(
+                            said = Judge(table).decide(
                                 current_cookie(), ids, pack_address(host), number, port
                             )
                             assert verdict(host, port, kind=kind) == said.denied, (policies, host)

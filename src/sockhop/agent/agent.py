@@ -89,9 +89,10 @@ def run_agent(options: AgentOptions) -> None:
                     [str(path) for path in options.paths], options.node_name, options.coexist
                 ),
             )
+            policies = PolicyKeeper(balancer.policies, options.cgroup)
             terminator = stack.enter_context(
                 opened_terminator(
-                    options.pins, options.api, balancer.maps, installer, options.limits
+                    options.pins, options.api, balancer.maps, installer, options.limits, policies
                 )
             )
             agent = _Agent(options, sources, balancer, installer, state, terminator)
@@ -160,11 +161,10 @@ class _Agent:
         self._rejections = RejectionLog(balancer.maps, installer, balancer.policies)
         self._wake = asyncio.Event()
         self._stopping = False
-        policies = PolicyKeeper(balancer.policies)
         self._terminator = terminator
         self._orders_changed = asyncio.Event()
         self.sync = Synchronizer(
-            sources.load, installer, policies, state, current_cookie(), terminator
+            sources.load, installer, terminator.policies, state, current_cookie(), terminator
         )
 
     def splice(self, stack: ExitStack) -> None:

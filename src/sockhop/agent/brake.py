@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sockhop.agent.concerns import Concern
 from sockhop.agent.plan import Installed, Plan
-from sockhop.agent.target import split_service_port
+from sockhop.agent.target import is_redirect, split_service_port
 from sockhop.datapath.sockets import Pair
 from sockhop.model import BackendState, IntentKind
 
@@ -62,9 +62,13 @@ def _balance(plan: Plan, installed: Installed) -> tuple[Counter[str], Counter[st
     """Return by service how many backends there are, and how many more there will be."""
     before: Counter[str] = Counter()
     for member, old in installed.members.items():
+        if is_redirect(member.service):
+            continue
         before[split_service_port(member.service)[0]] += _counts(old.backend.state)
     change: Counter[str] = Counter()
     for member in plan.gone:
+        if is_redirect(member.service):
+            continue
         state = installed.members[member].backend.state
         change[split_service_port(member.service)[0]] -= _counts(state)
     for member in plan.members.keys() - installed.members.keys():

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from sockhop.agent.plan import Installed, Plan
-from sockhop.agent.target import Member, split_service_port
+from sockhop.agent.target import Member, is_redirect, split_service_port
 from sockhop.datapath.records import LiveKey
 from sockhop.datapath.sockets import Pair
 from sockhop.model import (
@@ -52,9 +52,11 @@ def concerns(plan: Plan, installed: Installed, rules: Rules) -> Iterator[Concern
     """Yield what *plan*, made against *installed*, means for live sockets.
 
     A backend that leaves one service is that service's matter only, whatever else it serves.
+    Redirects are no matter here.
     """
     for member in plan.gone:
-        yield _concern(member, installed, Trigger.REMOVED, rules)
+        if not is_redirect(member.service):  # a matter of enforce.py
+            yield _concern(member, installed, Trigger.REMOVED, rules)
     for member, backend in plan.members.items():
         old = installed.members.get(member)
         if old is not None and old.backend.state is not backend.state:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from sockhop.agent.client import RunningAgent
 from sockhop.agent.coexist import Coexistence
 from sockhop.agent.places import PlaceFinder
-from sockhop.agent.target import Target, expand
+from sockhop.agent.policies import enforceable
+from sockhop.agent.target import Target, expand, with_redirects
 from sockhop.errors import InputError
 from sockhop.kernel.netns import current_cookie, entered, inode
 from sockhop.model import Desired
@@ -37,8 +38,9 @@ def want(paths: Sequence[Path], agent: RunningAgent | None, node_name: str = "")
     loaded = load(paths, node_name=node_name)
     if agent is not None and agent.state.source.coexist:
         loaded = Coexistence().leave_out(loaded)
-    target = expand(loaded.desired, _home(agent), PlaceFinder().find(loaded.desired))
-    return Wanted(loaded.desired, target, loaded.warnings)
+    desired = with_redirects(enforceable(loaded.desired))
+    target = expand(desired, _home(agent), PlaceFinder().find(desired))
+    return Wanted(desired, target, loaded.warnings)
 
 
 def agent_paths(agent: RunningAgent) -> list[Path]:

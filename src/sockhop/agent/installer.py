@@ -79,6 +79,7 @@ class Installer:
             chunks.delete_many(keys)
         named = {old.entry.service for old in self.installed.entries.values()}
         self._remove_members([m for m in self.installed.members if m.service not in named])
+        self._note_redirects(self.installed.entries)
 
     def apply(self, plan: Plan) -> int:
         """Make the maps what *plan* says; return the generation that the change got.
@@ -97,10 +98,14 @@ class Installer:
         self._write_services(entry.service for entry in plan.added.values())
         self._write_members(plan.members)
         old = [self.installed.entries[key] for key in self._outdated(plan)]
+        if any(key.layer for key in plan.added):
+            self._note_redirects(plan.added)
         self._publish(plan, generation)
         for key in plan.removed:
             self._maps.frontends.delete(key)
             del self.installed.entries[key]
+        if any(key.layer for key in plan.removed):
+            self._note_redirects(self.installed.entries)
         # From here on no reader that can still see the old slots is running.
         grace_period()
         self._forget(old)
@@ -227,6 +232,12 @@ class Installer:
                     hint="does something else write to the pinned maps? restart the agent",
                 )
         self._written.clear()
+
+    def _note_redirects(self, keys: Iterable[FrontendKey]) -> None:
+        """Let the hooks look for redirects only where there may be some."""
+        redirects = int(any(key.layer for key in keys))
+        if self._maps.setting(Setting.REDIRECTS) != redirects:
+            self._set(Setting.REDIRECTS, redirects)
 
     # --- records ------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from msgspec import structs
 
@@ -21,7 +22,9 @@ _BLIND = "this kernel (before Linux 6.2) does not tell the hooks a socket's cgro
 class PolicyKeeper:
     """Puts the policies of the sources in force, and knows what they say."""
 
-    def __init__(self, maps: PolicyMaps) -> None:
+    def __init__(self, maps: PolicyMaps, top: Path) -> None:
+        """*top*: the cgroup where the hooks are attached."""
+        self.top = top
         self._installer = PolicyInstaller(maps)
         self._policies: dict[str, Policy] = {}
         self.table = PolicyTable({}, (), ())

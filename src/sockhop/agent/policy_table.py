@@ -9,13 +9,14 @@ import ipaddress
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import PurePosixPath
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from sockhop.model import Clients, Policy, PolicyAction, Protocol, Rule, is_mapped, pack_address
 
 __all__ = [
     "OTHER_PROTOCOLS",
     "Client",
+    "Judge",
     "Network",
     "Place",
     "PolicyTable",
@@ -72,6 +73,8 @@ class Verdict(NamedTuple):
     policy: str
 
 
+_Prefix = TypeVar("_Prefix", Network, PortPrefix)
+_V = TypeVar("_V")
 _Ports: TypeAlias = tuple[tuple[PortPrefix, Verdict], ...]
 _ALLOWED = Verdict(False, "")
 
@@ -90,37 +93,64 @@ class PolicyTable(NamedTuple):
     def __bool__(self) -> bool:
         return bool(self.clients)
 
+    def denying(self) -> set[Network]:
+        """Return the networks in which somebody is denied something, without those inside others.
+
+        Those that are within one whose rules deny something are not named.
+        """
+        found: set[Network] = set()
+        for networks in self.sets:
+            last: Network | None = None
+            # What contains a network comes before it.
+            for network, group in networks:
+                if last is not None and _contains(last, network):
+                    continue
+                if any(verdict.denied for _, verdict in self.classes[group]):
+                    last = network
+                    found.add(network)
+        return found
+
     def names(self) -> set[str]:
         """Return the policies that can deny something."""
         return {verdict.policy for ports in self.classes for _, verdict in ports} - {""}
+
+
+class Judge:
+    """Looks a table up as the hooks do."""
+
+    def __init__(self, table: PolicyTable) -> None:
+        self._clients = table.clients
+        self._sets = [_by_length(networks) for networks in table.sets]
+        self._classes = [_by_length(ports) for ports in table.classes]
 
     def decide(
         self, netns: int, cgroups: Iterable[int], address: bytes, protocol: int, port: int
     ) -> Verdict:
         """Return what the hooks say of a socket that goes to *address* and *port*.
 
-        *cgroups*: the ids of its own and those above it, in this order. Slow: for tests and a few.
+        *cgroups*: the ids of its own and those above it, in this order.
         """
-        netns = netns if Client(netns, 0) in self.clients else 0
+        if Client(netns, 0) not in self._clients:
+            netns = 0
         entries = (Client(netns, cgroup) for cgroup in (*cgroups, 0))
-        entry = next((each for each in entries if each in self.clients), None)
-        number = None if entry is None else self.clients[entry]
+        entry = next((each for each in entries if each in self._clients), None)
+        number = None if entry is None else self._clients[entry]
         if number is None:
             return _ALLOWED
         if protocol not in _PROTOCOLS:
             protocol, port = OTHER_PROTOCOLS, 0
-        networks = dict(self.sets[number])
-        found = next(
-            networks[network]
-            for length in range(128, -1, -1)
-            if (network := Network(_cut(address, length), length)) in networks
-        )
-        ports = dict(self.classes[found])
-        return next(
-            ports[prefix]
-            for length in range(_PORT_BITS, -1, -1)
-            if (prefix := PortPrefix(protocol, port >> 16 - length << 16 - length, length)) in ports
-        )
+        for length, networks in self._sets[number]:
+            group = networks.get(Network(_cut(address, length), length))
+            if group is not None:
+                break
+        else:
+            return _ALLOWED
+        for length, ports in self._classes[group]:
+            shift = _PORT_BITS - length
+            verdict = ports.get(PortPrefix(protocol, port >> shift << shift, length))
+            if verdict is not None:
+                return verdict
+        return _ALLOWED
 
 
 def compile_policies(
@@ -272,6 +302,14 @@ def _blocks(first: int, end: int) -> Iterator[tuple[int, int]]:
             size //= 2
         yield first, _PORT_BITS - size.bit_length() + 1
         first += size
+
+
+def _by_length(entries: Iterable[tuple[_Prefix, _V]]) -> list[tuple[int, dict[_Prefix, _V]]]:
+    """Return the entries by the length of their prefixes, the longest first."""
+    found: dict[int, dict[_Prefix, _V]] = {}
+    for prefix, value in entries:
+        found.setdefault(prefix.length, {})[prefix] = value
+    return sorted(found.items(), reverse=True)
 
 
 def _network(text: str) -> Network:

@@ -13,7 +13,7 @@ from sockhop.agent.plan import Plan, make_plan
 from sockhop.agent.policies import PolicyKeeper, enforceable, policy_states
 from sockhop.agent.splicing import Splicing
 from sockhop.agent.state import AgentState
-from sockhop.agent.target import Target, expand
+from sockhop.agent.target import Target, expand, with_redirects
 from sockhop.agent.terminate import Terminator
 from sockhop.errors import InputError, SockhopError
 from sockhop.model import Desired, Service
@@ -104,7 +104,8 @@ class Synchronizer:
 
     def _apply(self, loaded: Loaded) -> Plan:
         state, installer = self._state, self._installer
-        desired = enforceable(loaded.desired)
+        meant = enforceable(loaded.desired)
+        desired = with_redirects(meant)
         wanted = _Applied(
             {service.name: service for service in desired.services},
             self.places.find(desired),
@@ -126,7 +127,7 @@ class Synchronizer:
         state.frontends = sum(len(service.frontends) for service in loaded.desired.services)
         state.backends = len(installer.installed.members)
         self._policies.apply(desired, self._home, self.places)
-        state.policies = policy_states(desired, self.places)
+        state.policies = policy_states(meant, self.places)
         state.synced_at, state.sync_error = time.time(), ""
         self._applied = wanted
         if self.splicing:

@@ -4,11 +4,12 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from sockhop.datapath.records import Client, FrontendFlag, FrontendKey
+from sockhop.datapath.records import Client, FrontendFlag, FrontendKey, Layer
 from sockhop.model import (
     Algorithm,
     Backend,
     BackendState,
+    Clients,
     Desired,
     Frontend,
     FrontendType,
@@ -24,10 +25,15 @@ __all__ = [
     "Member",
     "Target",
     "expand",
+    "is_redirect",
     "service_port",
     "serving",
     "split_service_port",
+    "with_redirects",
 ]
+
+_REDIRECT = "@redirect"
+"""Ends the name of a service that stands for a redirect; no other name has an @."""
 
 
 _NOWHERE: Mapping[str, int] = MappingProxyType({})
@@ -119,6 +125,25 @@ def expand(desired: Desired, home: int, places: Mapping[str, int] = _NOWHERE) ->
     return Target(entries, members)
 
 
+def with_redirects(desired: Desired) -> Desired:
+    """Return *desired* with a service in the place of each redirect that is not refused."""
+    services = tuple(
+        Service(
+            f"{redirect.name}{_REDIRECT}",
+            redirect.frontends,
+            clients=Clients(exclude=redirect.exempt) if redirect.exempt else None,
+        )
+        for redirect in desired.redirects
+        if not redirect.refused
+    )
+    return Desired((*desired.services, *services), desired.policies)
+
+
+def is_redirect(name: str) -> bool:
+    """Whether a service port, by its name, stands for a redirect."""
+    return split_service_port(name)[0].endswith(_REDIRECT)
+
+
 def split_service_port(name: str) -> tuple[str, str]:
     """Return a service port's service and port name, "" where the port has none."""
     service, _, port_name = name.partition(":")
@@ -152,8 +177,13 @@ def _entries(
             serving(backends, service.fallback),
         )
 
+    redirects = frontend.type is FrontendType.LOCAL_REDIRECT
     everywhere = FrontendKey(
-        pack_address(frontend.address), 0, frontend.port, _PROTOCOL_NUMBERS[frontend.protocol]
+        pack_address(frontend.address),
+        0,
+        frontend.port,
+        _PROTOCOL_NUMBERS[frontend.protocol],
+        Layer.REDIRECTS if redirects else Layer.SERVICES,
     )
     where = _where(service, frontend, namespaces)
     remote = [backend for backend in frontend.backends if not is_loopback(backend.address)]
@@ -162,7 +192,9 @@ def _entries(
         return ((everywhere, entry(frontend.backends, FrontendFlag(0))),)
     # The entry for everywhere sends readers on to that of their own namespace.
     if where is None:
-        rest, where = entry(remote, FrontendFlag.SCOPED), [namespaces.home]
+        # A redirect to loopback is none elsewhere: what it hides goes on there.
+        absent = FrontendFlag.ABSENT if redirects and not remote else FrontendFlag(0)
+        rest, where = entry(remote, FrontendFlag.SCOPED | absent), [namespaces.home]
     else:
         rest = entry((), FrontendFlag.SCOPED | FrontendFlag.ABSENT)
     return (

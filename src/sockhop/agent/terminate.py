@@ -17,16 +17,20 @@ from sockhop.agent.brake import Limits, may_end
 from sockhop.agent.carry_out import Carrier, Reach
 from sockhop.agent.concerns import STATE_TRIGGERS, Concern, concerns, describe, live_sockets
 from sockhop.agent.denials import Denials
+from sockhop.agent.enforce import Enforcer
 from sockhop.agent.events import Event, EventKind, EventLog, events_path
+from sockhop.agent.forbidden import Looker
 from sockhop.agent.installed import read_services
 from sockhop.agent.installer import Installer
 from sockhop.agent.orders import Order, Orders, Standing, now, orders_path
 from sockhop.agent.plan import Plan
+from sockhop.agent.policies import PolicyKeeper
 from sockhop.agent.record import Recorder
 from sockhop.agent.state import HeldChange, Termination
 from sockhop.agent.target import Member, split_service_port
 from sockhop.datapath.balancer import BalanceMaps
 from sockhop.datapath.ending import Outcome, choose_engine
+from sockhop.datapath.listing import Listing
 from sockhop.datapath.records import Setting, Total
 from sockhop.datapath.resteer import Obstacle, Resteerer
 from sockhop.datapath.sockets import Pair, Socket, Sockets
@@ -51,20 +55,21 @@ class Terminator:
 
     def __init__(
         self,
-        maps: BalanceMaps,
         installer: Installer,
         orders: Orders,
         recorder: Recorder,
         *,
         limits: Limits,
         reach: Reach,
+        enforcer: Enforcer,
     ) -> None:
-        self._maps = maps
+        self._maps = maps = reach.maps
         self._installer = installer
         self._orders = orders
         self._recorder = recorder
         self._limits = limits
         self._carrier = Carrier(reach, installer, orders, recorder)
+        self._enforcer = enforcer
         self._denials = Denials(reach, recorder, limits, lambda: read_services(maps), self._rules)
         self._services: Mapping[str, Service] = {}
         self._prepared: _Prepared | None = None
@@ -116,7 +121,8 @@ class Terminator:
 
     def run(self) -> float:
         """Carry out what is due; return when to come again, in the time of now()."""
-        return min(self._denials.run(), self._carrier.run())
+        looks = self._enforcer.run(self.deny, self._recorder)
+        return min(looks, self._denials.run(), self._carrier.run())
 
     def deny(self, found: Iterable[tuple[Socket, str]], change: int) -> None:
         """Take the sockets that policies forbid now, all of them, each with the policy's name.
@@ -152,6 +158,11 @@ class Terminator:
     def moves(self) -> Mapping[Obstacle, int]:
         """How many sockets were to be moved, by what came of it: see datapath.moving.Obstacle."""
         return self._carrier.moves
+
+    @property
+    def policies(self) -> PolicyKeeper:
+        """The policies with which live sockets are compared."""
+        return self._enforcer.policies
 
     @property
     def totals(self) -> Mapping[tuple[str, str, str], int]:
@@ -258,10 +269,21 @@ class Terminator:
 
 @contextmanager
 def opened_terminator(
-    pins: Path, api: Path, maps: BalanceMaps, installer: Installer, limits: Limits
+    pins: Path,
+    api: Path,
+    maps: BalanceMaps,
+    installer: Installer,
+    limits: Limits,
+    policies: PolicyKeeper,
 ) -> Iterator[Terminator]:
     """Yield what an agent needs for the maps below *pins*; orders and events are beside *api*."""
-    with choose_engine(pins) as engine, Resteerer(pins) as resteerer, Sockets(pins) as sockets:
+    with (
+        choose_engine(pins) as engine,
+        Resteerer(pins) as resteerer,
+        Sockets(pins) as sockets,
+        Listing(pins) as listing,
+        Looker(listing, policies.top) as looker,
+    ):
         orders = Orders(orders_path(api), pins)
         recorder = Recorder(EventLog(events_path(api)), lambda: read_services(maps))
 
@@ -269,7 +291,8 @@ def opened_terminator(
             return resteerer.resteer(some, engine.sever_sockets)
 
         reach = Reach(maps, sockets, engine, move, resteerer.obstacles)
-        yield Terminator(maps, installer, orders, recorder, limits=limits, reach=reach)
+        enforcer = Enforcer(installer, policies, looker, resteerer, engine.sever_sockets, maps=maps)
+        yield Terminator(installer, orders, recorder, limits=limits, reach=reach, enforcer=enforcer)
 
 
 def _order(each: Concern, change: int, at: float, held: str) -> Order:

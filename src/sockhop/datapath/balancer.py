@@ -1,6 +1,6 @@
 """The balance programs and the pinned maps that they share with the agent."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from sockhop.datapath.policies import PolicyMaps
 from sockhop.datapath.records import (
     ABI,
     BackendRecord,
+    Client,
     ClientKey,
     Counters,
     FrontendFlag,
     FrontendKey,
     FrontendRecord,
+    Layer,
     LiveKey,
     Move,
     ServiceRecord,
@@ -151,6 +153,26 @@ class BalanceMaps:
         if scoped := self.frontends.get(scoped_key):
             return scoped_key, scoped
         return None if general.flags & FrontendFlag.ABSENT else (key, general)
+
+    def find_for(
+        self, key: FrontendKey, netns_cookie: int, cgroups: Iterable[int]
+    ) -> tuple[FrontendKey, FrontendRecord] | None:
+        """Return what a hook finds at *key*, a redirect first if there is one for the socket.
+
+        *cgroups*: the ids of the one in which it was made and of those above, in this order.
+        """
+        if self.setting(Setting.REDIRECTS):
+            found = self.find_frontend(key._replace(layer=Layer.REDIRECTS), netns_cookie)
+            if found and self._serves(found[1], cgroups):
+                return found
+        return self.find_frontend(key, netns_cookie)
+
+    def _serves(self, frontend: FrontendRecord, cgroups: Iterable[int]) -> bool:
+        if frontend.flags & FrontendFlag.CLIENTS:
+            for cgroup in cgroups:
+                if said := self.clients.get(ClientKey(cgroup, frontend.id)):
+                    return bool(said == Client.SERVED)
+        return not frontend.flags & FrontendFlag.LISTED_ONLY
 
     def sizes(self) -> dict[str, int]:
         """Return how many entries each map that a plan fills has room for, by its name."""

@@ -44,7 +44,7 @@ class Listing:
 
     def here(self, protocols: Iterable[int] = PROTOCOLS, **options: Any) -> list[Socket]:
         """Return the sockets of this thread's network namespace; *options*: see list_sockets()."""
-        return self._with_origins(list_here(protocols, **options))
+        return self.with_origins(list_here(protocols, **options))
 
     def everywhere(
         self, namespaces: Iterable[Namespace], protocols: Iterable[int] = PROTOCOLS, **options: Any
@@ -54,13 +54,14 @@ class Listing:
         for namespace in namespaces:
             with suppress(NamespaceGone), entered(namespace):
                 found += list_here(protocols, **options)
-        return self._with_origins(found)
+        return self.with_origins(found)
 
     def remembered(self) -> list[Socket]:
         """Return the sockets with a provenance, also of namespaces that cannot be entered."""
         return self._sockets.remembered() if self._sockets else []
 
-    def _with_origins(self, found: list[Socket]) -> list[Socket]:
+    def with_origins(self, found: list[Socket]) -> list[Socket]:
+        """Return sockets listed by :func:`list_here` with what is remembered of them."""
         # Looked up last, so that no socket which was balanced meanwhile is taken for unmanaged.
         if self._sockets is None:
             return found

@@ -13,6 +13,7 @@ from sockhop.datapath.memory import SocketMemory
 from sockhop.datapath.outcome import Action
 from sockhop.datapath.records import FrontendKey, Move, Provenance
 from sockhop.datapath.sockets import Socket
+from sockhop.kernel.cgroups import cgroups_above
 from sockhop.kernel.netns import socket_netns_cookie
 from sockhop.model import endpoint, pack_address, unpack_address
 
@@ -159,7 +160,7 @@ class Mover:
         place = dialled, netns_cookie, cgroup
         if place not in self._read:
             key = FrontendKey(dialled[0], 0, dialled[1], socket.IPPROTO_UDP)
-            found = self._maps.find_frontend(key, netns_cookie)
+            found = self._maps.find_for(key, netns_cookie, cgroups_above(cgroup))
             self._read[place] = active_backends(self._maps, found[1]) if found else None
         return self._read[place]
 

@@ -24,6 +24,7 @@ __all__ = [
     "FrontendFlag",
     "FrontendKey",
     "FrontendRecord",
+    "Layer",
     "LiveKey",
     "Move",
     "OverflowKey",
@@ -74,6 +75,7 @@ class Setting(IntEnum):
     NEXT_BACKEND = 4
     FALLBACK = 5
     MOVING = 6
+    REDIRECTS = 7
 
 
 class Total(IntEnum):
@@ -98,6 +100,13 @@ class FrontendFlag(IntFlag):
     LISTED_ONLY = 16
 
 
+class Layer(IntEnum):
+    """Where a frontend is looked up: redirects come first."""
+
+    SERVICES = 0
+    REDIRECTS = 1
+
+
 class FrontendKey(NamedTuple):
     """An address that clients dial; `netns` 0 for every namespace, else a cookie."""
 
@@ -105,6 +114,7 @@ class FrontendKey(NamedTuple):
     netns: int
     port: int
     protocol: int
+    layer: int = Layer.SERVICES
 
 
 class FrontendRecord(NamedTuple):

@@ -21,6 +21,7 @@ __all__ = [
     "cgroup_id",
     "cgroup_path",
     "cgroup_root",
+    "cgroups_above",
     "effective_programs",
     "groups_above",
     "groups_below",
@@ -110,6 +111,20 @@ def cgroup_path(any_cgroup: int, number: int) -> Path | None:
         return Path(os.readlink(f"/proc/self/fd/{fd}"))
     finally:
         os.close(fd)
+
+
+def cgroups_above(number: int) -> tuple[int, ...]:
+    """Return the ids of the cgroup with the id *number* and of those above it, in this order.
+
+    () where it is gone. KernelError without CAP_DAC_READ_SEARCH.
+    """
+    with open_cgroup(cgroup_root()) as root:
+        found = cgroup_path(root, number)
+    try:
+        groups = (found, *groups_above(found)) if found else ()
+        return tuple(group.stat().st_ino for group in groups)
+    except OSError:
+        return ()
 
 
 def groups_above(group: Path) -> Iterator[Path]:

@@ -4,7 +4,7 @@ import socket
 import struct
 from collections.abc import Collection
 
-__all__ = ["PEERS_MAX", "any_peer"]
+__all__ = ["PEERS_MAX", "any_network", "any_peer"]
 
 PEERS_MAX = 64
 """The kernel tries one after the other for each socket: of more, it is quicker to ask for all."""
@@ -21,11 +21,20 @@ def any_peer(peers: Collection[tuple[bytes, int]]) -> bytes:
     A peer is 16 bytes of address, IPv4 mapped, and a port. An IPv4 condition also holds for an
     IPv6 socket with that peer mapped.
     """
-    if not 0 < len(peers) <= PEERS_MAX:
+    return any_network([(address, 128, port) for address, port in peers])
+
+
+def any_network(networks: Collection[tuple[bytes, int, int]]) -> bytes:
+    """Return bytecode for the sockets that are connected into one of *networks*; b"" for all.
+
+    A network is 16 bytes of address, IPv4 mapped, how many bits of it count, and a port, -1 for
+    any.
+    """
+    if not 0 < len(networks) <= PEERS_MAX:
         return b""
     code, last = b"", True
-    for address, port in peers:  # from the last to the first: jumps are relative and go forward
-        condition = _condition(address, port)
+    for network in networks:  # from the last to the first: jumps are relative and go forward
+        condition = _condition(*network)
         size = _OP.size + len(condition)
         if last:
             # Just behind the end means no (inet_diag_bc_run).
@@ -36,7 +45,7 @@ def any_peer(peers: Collection[tuple[bytes, int]]) -> bytes:
     return code
 
 
-def _condition(address: bytes, port: int) -> bytes:
-    if address.startswith(_MAPPED):
-        return _CONDITION.pack(socket.AF_INET, 32, port) + address[12:]
-    return _CONDITION.pack(socket.AF_INET6, 128, port) + address
+def _condition(address: bytes, length: int, port: int) -> bytes:
+    if length >= 96 and address.startswith(_MAPPED):
+        return _CONDITION.pack(socket.AF_INET, length - 96, port) + address[12:]
+    return _CONDITION.pack(socket.AF_INET6, length, port) + address
