@@ -9,8 +9,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+from sockhop.bench.change import measure_change
 from sockhop.bench.crowd import PORT, Crowd, Shape
-from sockhop.bench.ending import measure_change
 from sockhop.bench.report import Machine, SeverReport, SeverResult, SeverRun, spread_of
 from sockhop.bench.rooms import Site, prefer
 from sockhop.datapath.end_by_iterator import IteratorMethod

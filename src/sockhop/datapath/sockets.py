@@ -3,7 +3,7 @@
 import os
 import socket
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from sockhop.datapath.records import Provenance, SocketRecord
 from sockhop.kernel._libbpf import lib
 from sockhop.kernel.maps import U32, Map
 from sockhop.kernel.objects import BpfObject, object_path
-from sockhop.kernel.syscall import check
+from sockhop.kernel.syscall import KernelError, check
 
 __all__ = ["CONNECTED", "TCP_STATES", "Pair", "Socket", "SocketRecords", "Sockets", "read_iterator"]
 
@@ -199,5 +199,14 @@ def held(pairs: Map[Pair, int], wanted: Collection[Pair]) -> Iterator[None]:
 def read_iterator(link: int, program: str) -> bytes:
     """Run the program of an iterator link in this thread's namespace; return what it writes."""
     iterator = check(lib.bpf_iter_create(link), f"starting {program}")
-    with os.fdopen(iterator, "rb", buffering=0) as stream:
-        return b"".join(iter(lambda: stream.read(1 << 16), b""))
+    chunks: list[bytes] = []
+    try:
+        while not chunks or chunks[-1]:
+            # After a million objects of which nothing was written (kernel/bpf/bpf_iter.c).
+            with suppress(BlockingIOError):
+                chunks.append(os.read(iterator, 1 << 16))
+    except OSError as error:
+        raise KernelError(f"running {program}", error.errno or 0) from None
+    finally:
+        os.close(iterator)
+    return b"".join(chunks)
