@@ -109,6 +109,11 @@ class Carrier:
         """What ends sockets: iterator or netlink."""
         return self._engine.name
 
+    @property
+    def failures(self) -> dict[str, int]:
+        """How often the kernel refused a way to end sockets, so that another was taken."""
+        return dict(self._engine.failures)
+
     def changed(self) -> None:
         """Look at all orders anew: what is installed has changed."""
         # What leaves a service need not be asked about.
@@ -145,8 +150,8 @@ class Carrier:
                 self._carry_out(due, at)
         except SockhopError as error:
             _LOG.error("live sockets are as they were, another try follows: %s", error)
-            for order in due:
-                self._work[order.pair].next = at + SLOW
+            for work in [self._work[each.pair] for each in due if each.pair in self._work]:
+                work.next = at + SLOW
         self._orders.save()
         return min((self._work[order.pair].next for order in self._due_ever()), default=math.inf)
 
@@ -157,18 +162,17 @@ class Carrier:
             due = self._unfinished(due)
         causes = {order.pair: _cause(order) for order in due}
         sever, move, drain = _sorted(due, works, at)
-        done: list[tuple[Outcome, Cause]] = []
+        # Each is put on record at once: what comes next may fail.
         if sever:
             outcomes = self._engine.sever_pairs({order.pair for order in sever})
-            done += _with_causes(outcomes, causes)
+            self._recorder.record(_with_causes(outcomes, causes))
         for order in sever:
             works[order.pair].again(at)
         sockets = self._open_sockets([*move, *drain])
         for order in move:
             works[order.pair].again(at)
-        done += self._moved(move, sockets, causes)
-        done += self._drained(drain, sockets, causes, at)
-        self._recorder.record(done)
+        self._recorder.record(self._moved(move, sockets, causes))
+        self._recorder.record(self._drained(drain, sockets, causes, at))
 
     def _moved(
         self, orders: Sequence[Order], sockets: Mapping[Pair, Sequence[Socket]], causes: _Causes

@@ -128,6 +128,14 @@ class AgentCollector(Collector):
         for result, count in sorted(self._terminator.moves.items()):
             moves.add_metric([result], count)
         yield moves
+        failures = CounterMetricFamily(
+            "sockhop_engine_failures",
+            "How often the kernel refused a way to end sockets.",
+            labels=["engine"],
+        )
+        for engine, count in sorted(state.failures.items()):
+            failures.add_metric([engine], count)
+        yield failures
         for name, text, value in (
             ("held_changes", "Changes that wait for sockhop approve.", len(state.held)),
             (

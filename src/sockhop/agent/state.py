@@ -59,8 +59,8 @@ class HeldChange(msgspec.Struct):
 class Termination(msgspec.Struct):
     """What is done to live sockets. `draining` and `parked` count them, never too few.
 
-    `brake` and `approve_above` are as in :class:`sockhop.agent.brake.Limits`; `done`: since the
-    agent started, by what was done.
+    `brake` and `approve_above` are as in :class:`sockhop.agent.brake.Limits`. Since the agent
+    started: `done` by what was done, `failures` of each way to end sockets.
     """
 
     engine: str = ""
@@ -70,6 +70,7 @@ class Termination(msgspec.Struct):
     draining: int = 0
     parked: int = 0
     done: dict[str, int] = {}
+    failures: dict[str, int] = {}
 
 
 class SplicingState(msgspec.Struct):

@@ -236,6 +236,7 @@ class Terminator:
             self._carrier.draining(),
             self._carrier.parked(),
             dict(done),
+            self._carrier.failures,
         )
 
     def _note(self, prepared: _Prepared) -> None:

@@ -182,6 +182,8 @@ def _agent_lines(agent: AgentState | None) -> list[tuple[str, str]]:
         lines.append(("draining", counted(found.draining, "socket")))
     if found.parked:
         lines.append(("parked", f"{counted(found.parked, 'UDP socket')}: no backend is active"))
+    for engine, count in sorted(found.failures.items()):
+        lines.append(("engine", f"{engine} failed {count:,} times, another way was taken"))
     if found.done:
         done = ", ".join(f"{action} {n:,}" for action, n in sorted(found.done.items()))
         lines.append(("sockets", f"{done}, with {found.engine}"))
