@@ -11,14 +11,18 @@ import pytest
 
 from sockhop.agent.brake import Limits
 from sockhop.agent.carry_out import Reach
+from sockhop.agent.enforce import Enforcer
 from sockhop.agent.events import EventLog
+from sockhop.agent.forbidden import Looker
 from sockhop.agent.installed import read_services
 from sockhop.agent.orders import Orders
+from sockhop.agent.policies import PolicyKeeper
 from sockhop.agent.record import Recorder
 from sockhop.agent.terminate import Terminator
 from sockhop.datapath import sockets as sockets_module
 from sockhop.datapath.end_by_iterator import IteratorMethod
 from sockhop.datapath.ending import Engine, EngineName, Outcome, choose_engine
+from sockhop.datapath.listing import Listing
 from sockhop.datapath.resteer import Resteerer
 from sockhop.datapath.sockets import Pair, Socket, Sockets
 from sockhop.kernel.netns import entered
@@ -71,8 +75,19 @@ def world(
         recorder = Recorder(EventLog(directory / "api.events"), lambda: read_services(node.maps))
         orders = Orders(directory / "api.orders", pins)
         limits = Limits(brake=False)
+        looker = stack.enter_context(
+            Looker(stack.enter_context(Listing(pins)), node.sandbox.cgroup)
+        )
+        enforcer = Enforcer(
+            node.installer,
+            PolicyKeeper(node.balancer.policies, node.sandbox.cgroup),
+            looker,
+            resteerer,
+            engine.sever_sockets,
+            maps=node.maps,
+        )
         terminator = Terminator(
-            node.maps, node.installer, orders, recorder, limits=limits, reach=reach
+            node.installer, orders, recorder, limits=limits, reach=reach, enforcer=enforcer
         )
         made = World(node, terminator, spaces, seed)
         stack.callback(made.close)

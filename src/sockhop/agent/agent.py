@@ -41,6 +41,7 @@ _SETTLE = 0.01
 """Seconds from the first sign of a change to reading: an editor's write comes in parts."""
 _COUNTERS_EVERY = 5.0
 _CILIUM_EVERY = 2.0
+_PLACES_EVERY = 2.0
 _SWEEP_EVERY = 1.0
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -276,6 +277,7 @@ class _Agent:
         tasks = [
             asyncio.create_task(self._log_rejections()),
             asyncio.create_task(self._settle()),
+            asyncio.create_task(self._follow_places()),
             asyncio.create_task(self._terminate()),
             asyncio.create_task(self._sweep()),
         ]
@@ -303,8 +305,13 @@ class _Agent:
                 await asyncio.sleep(self._options.settle_every)
                 sockets.settle()
                 self._installer.forget_dead_counts()
-                if self.sync.places.outdated():
-                    self._wake.set()
+
+    async def _follow_places(self) -> None:
+        """Notice that a namespace or cgroup which clients name by path is there, or another one."""
+        while True:
+            await asyncio.sleep(_PLACES_EVERY)
+            if self.sync.places.outdated():
+                self._wake.set()
 
     async def _terminate(self) -> None:
         """Carry out orders when they are due, and at once when there are new ones."""
