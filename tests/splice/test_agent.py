@@ -3,13 +3,14 @@
 import contextlib
 import json
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from sockhop.datapath.balancer import BalanceMaps
-from sockhop.datapath.splicer import Sweeper
+from sockhop.datapath.splicer import SpliceMaps, Sweeper
 from tests.sandbox import Sandbox, compact, publish, wait_until
 from tests.splice.stage import cookie
 from tests.splice.tcpinfo import tcp_info
@@ -218,3 +219,32 @@ def test_the_agent_runs_on_where_splicing_cannot(
             with BalanceMaps(sandbox.pins) as maps:
                 assert maps.frontends.used()
         lib.bpf_prog_detach2(program, cgroup, AttachType.SOCK_OPS)
+
+
+def test_auto_gives_up_where_it_does_not_help(inside: Inside) -> None:
+    sandbox, server = inside
+    manifest = sandbox.manifest(web(server, splice="auto"))
+    with sandbox.agent(manifest) as agent, SpliceMaps(sandbox.pins) as maps:
+        number = next(number for number, policy in maps.services.items() if policy.service)
+        for _ in range(100):
+            with dialled(FRONTEND, server) as (client, there):
+                for _ in range(20):
+                    is_spliced(client, there)
+        measured = maps.counters.get(number)
+        # Both kinds are timed, some hundred times and more.
+        assert measured.answers > 10 * measured.control_answers > 0
+        assert 0 < measured.answer_time / measured.answers < 1e9
+        assert 0 < measured.control_time / measured.control_answers < 1e9
+        enough = measured._replace(
+            answers=2000, answer_time=2000_000, control_answers=2000, control_time=4000_000
+        )
+        maps.counters.set(number, enough)
+        time.sleep(1.5)
+        assert agent.status()["splicing"]["given_up"] == []
+        maps.counters.set(number, enough._replace(control_time=2100_000))
+        wait_until(lambda: agent.status()["splicing"]["given_up"] == ["web"], "giving up")
+        wait_until(lambda: not _next_is_spliced(server), "the veto")
+        assert "did not help" in sandbox.sockhop("status").stdout
+        # It stays so, until the manifest says otherwise.
+        publish(manifest, web(server, splice="on"))
+        wait_until(lambda: _next_is_spliced(server), "on")

@@ -25,7 +25,7 @@ _COMMANDS = {
     "events": "List which sockets were ended or moved, why, and by which change.",
     "explain": "Say how a socket came to its backend, or why it has none.",
     "features": "List what this kernel can do for sockhop.",
-    "get": "List services, backends or sockets.",
+    "get": "List services, backends, sockets, splices or policies.",
     "heal": "Delete stale entries of sockmaps.",
     "plan": "Print what an agent would change.",
     "render": "Print the desired state that manifests describe.",

@@ -429,14 +429,14 @@ _PROBES = (
     ),
     _Probe(
         "sockhash",
-        "later: splicing",
+        "splicing",
         "nothing is spliced",
         _Since("4.18", "81110384441a", "bpf: sockmap, add hash map support"),
         lambda prober: prober.sockhash(),
     ),
     _Probe(
         "sk_msg",
-        "later: splicing",
+        "splicing",
         "nothing is spliced",
         _Since(
             "4.17",
@@ -447,7 +447,7 @@ _PROBES = (
     ),
     _Probe(
         "sock_ops",
-        "later: splicing: finding the two ends of a connection",
+        "splicing: finding the two ends of a connection",
         "nothing is spliced",
         _Since("4.13", "40304b2a1567", "bpf: BPF support for sock_ops"),
         lambda prober: prober.sock_ops(),
