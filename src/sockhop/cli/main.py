@@ -60,7 +60,7 @@ class _Commands(click.Group):
 @click.version_option(__version__, prog_name="sockhop", message="%(prog)s %(version)s")
 @global_options
 def cli() -> None:
-    """Balance connections to service addresses, in the kernel, at the socket.
+    """Balance, splice, sever and diagnose the connections of this node, at the socket.
 
     Exit status: 0 done; 1 the answer is no; 2 usage or bad input; 3 the kernel or a permission
     lacks something.
