@@ -90,7 +90,8 @@ def test_each_use_renews_the_time(node: Node) -> None:
          {"seconds": 1}),
         (("if (!found || READ_ONCE(found->state) != state ||", "if (!found ||"),
          {"state": BackendState.QUARANTINED}),
-        (("BACKEND_ACTIVE, 1, &choice->slot)", "BACKEND_ACTIVE, 0, &choice->slot)"), {"weight": 0}),
+        (("serves(last, frontend->service, BACKEND_ACTIVE, 1,",
+          "serves(last, frontend->service, BACKEND_ACTIVE, 0,"), {"weight": 0}),
     ],
 )  # fmt: skip
 def test_affinity_without_its_limits_is_noticed(

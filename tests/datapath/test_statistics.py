@@ -129,7 +129,7 @@ def spread(node: Node, algorithm: Algorithm, seed: int) -> float:
     living: list[tuple[float, socket.socket]] = []
     spreads = []
     try:
-        for now in range(3000):
+        for now in range(6000):
             client = connected()
             # Many are short and some are very long: a Pareto distribution without a variance.
             living.append((now + 20 * chance.paretovariate(1.2), client))
@@ -151,7 +151,7 @@ def test_least_connections_is_nearer_to_equal_than_random(node: Node, tmp_path: 
     seed = random.SystemRandom().randrange(1 << 32)
     by_chance = spread(node, Algorithm.RANDOM, seed)
     by_load = spread(node, Algorithm.LEAST_CONNECTIONS, seed)
-    assert by_load < by_chance / 2, seed
+    assert by_load < 0.75 * by_chance, seed
     with node.mutated(tmp_path, ("load_of(other.backend) * chosen->weight <", "0 && 0 <")):
-        assert spread(node, Algorithm.LEAST_CONNECTIONS, seed) > 2 * by_load, seed
+        assert spread(node, Algorithm.LEAST_CONNECTIONS, seed) > by_load / 0.75, seed
     assert node.total(Total.LIVE_FULL) == 0

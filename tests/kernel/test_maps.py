@@ -69,6 +69,7 @@ def test_a_type_that_differs_from_c_is_refused(kind: type[tuple[object, ...]]) -
         st.integers(0, 2**64 - 1),
         st.integers(0, 65535),
         st.integers(0, 255),
+        st.integers(0, 255),
     )
 )
 def test_what_is_encoded_is_decoded(key: FrontendKey) -> None:
@@ -119,7 +120,11 @@ def test_a_map_of_another_size_is_refused(balance_maps: BalanceMaps) -> None:
 def test_pins_of_another_version_are_refused(pins: Path, tmp_path: Path) -> None:
     with Balancer(pins):
         pass
-    path = mutant(tmp_path, "balance", ("char name[192];", "char name[200];"))
+    path = mutant(
+        tmp_path,
+        "balance",
+        ("char name[192];\n};\n\nstruct counters", "char name[200];\n};\n\nstruct counters"),
+    )
     with pytest.raises(SystemLackError, match="services: this map was made by another version"):
         Balancer(pins, path=path)
 

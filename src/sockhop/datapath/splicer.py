@@ -2,7 +2,7 @@
 
 import os
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -240,8 +240,11 @@ def stop_splicing(pins: Path, cgroup: Path | None = None) -> None:
 
     What is in the sockhash stays there: see :class:`Sweeper`.
     """
-    with suppress(NotInstalled), SpliceMaps(pins) as maps:
-        maps.set(SpliceSetting.OFF, 1)
+    try:
+        with SpliceMaps(pins) as maps:
+            maps.set(SpliceSetting.OFF, 1)
+    except NotInstalled:
+        return  # ... and without maps no program of ours
     owner = Owner(map_directory(pins))
     detach_hooks(SPLICE_HOOKS, link_directory(pins), owner, cgroup)
 
