@@ -52,7 +52,11 @@ static __always_inline void fill_record(struct socket_record *out, struct sock *
 	out->netns = BPF_CORE_READ(sk, __sk_common.skc_net.net, ns.inum);
 	out->interface = BPF_CORE_READ(sk, __sk_common.skc_bound_dev_if);
 	out->inode = socket_inode(sk);
-	out->cgroup = BPF_CORE_READ(sk, sk_cgrp_data.cgroup, kn, id);
+	/* Linux kernel commit 8520e224f547 ("bpf, cgroups: Fix cgroup v2 fallback on v1/v2 mixed
+	 * mode") (in v5.15). Before it: 0.
+	 */
+	if (bpf_core_field_exists(sk->sk_cgrp_data.cgroup))
+		out->cgroup = BPF_CORE_READ(sk, sk_cgrp_data.cgroup, kn, id);
 	set_addresses(out, sk);
 	if (protocol == IPPROTO_TCP)
 		set_progress(out, (struct tcp_sock *)sk);

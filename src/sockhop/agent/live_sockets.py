@@ -1,5 +1,6 @@
 """Sockets of all network namespaces, as rows for people and programs. Works without an agent."""
 
+import logging
 import socket
 import time
 from collections.abc import Iterable
@@ -23,6 +24,7 @@ from sockhop.model import endpoint, is_loopback, unpack_address
 
 __all__ = ["SocketRow", "balanced_and_unmanaged", "chosen_sockets", "socket_rows"]
 
+_LOG = logging.getLogger(__name__)
 _PROTOCOLS = {
     socket.IPPROTO_TCP: "TCP",
     socket.IPPROTO_UDP: "UDP",
@@ -137,7 +139,15 @@ class _Ends(NamedTuple):
 
 
 def _list_all(listing: Listing, protocols: Iterable[int]) -> list[Socket]:
-    return listing.everywhere(Namespaces().all(), protocols, progress=True)
+    namespaces = Namespaces()
+    found = listing.everywhere(namespaces.all(), protocols, progress=True)
+    if namespaces.closed:
+        _LOG.warning(
+            "%d network namespaces could not be entered, which takes CAP_SYS_ADMIN: "
+            "of their sockets, only balanced ones are seen",
+            len(namespaces.closed),
+        )
+    return found
 
 
 def _service_names(pins: Path) -> dict[int, str]:

@@ -1,5 +1,6 @@
 """Every network namespace of the node, and the way into it (network_namespaces(7), nsfs)."""
 
+import errno
 import fcntl
 import os
 import socket
@@ -77,6 +78,8 @@ class Namespaces:
 
     def __init__(self) -> None:
         self._known: dict[int, Namespace] = {}
+        self.closed: set[int] = set()
+        """Inodes of those that were found the last time, but may not be entered."""
 
     def all(self) -> list[Namespace]:
         """Return all namespaces that are there now."""
@@ -101,7 +104,7 @@ class Namespaces:
 
     def _look(self, enough: Callable[[], bool]) -> None:
         """Look in one kind of place after the other, the quickest first, until it is enough."""
-        self._known = {}
+        self._known, self.closed = {}, set()
         for places in (_of_threads, _mounted, _held):
             for path in places():
                 self._note(path)
@@ -109,11 +112,16 @@ class Namespaces:
                 return
 
     def _note(self, path: Path) -> None:
-        with suppress(OSError, SockhopError):  # what held it is gone, or it cannot be entered
+        with suppress(OSError, InputError):  # what held it is gone
             inode = netns.inode(path)
-            if inode not in self._known:
+            if inode in self._known:
+                return
+            try:
                 with netns.entered(path):
                     self._known[inode] = Namespace(inode, netns.current_cookie(), path)
+            except KernelError as error:
+                if error.errno == errno.EPERM:  # else it is of another kind
+                    self.closed.add(inode)
 
 
 def mounted_names() -> dict[int, str]:
