@@ -166,6 +166,11 @@ class Stage:
         found = self.entries().get(cookie(of))
         return None if found is None else LaneMode(found.lane.mode)
 
+    def detach(self) -> None:
+        """Take the program that pairs sockets off the cgroup."""
+        stop_splicing(self.sandbox.pins)
+        self.maps.set(SpliceSetting.OFF, 0)
+
     @contextlib.contextmanager
     def switched_off(self) -> Iterator[None]:
         """Run the body with splicing off."""
