@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -181,11 +182,12 @@ def test_a_namespace_that_cannot_be_entered(
 # --- under churn ---------------------------------------------------------------------------------
 
 CHURN = """
-import itertools, socket, sys
+import itertools, socket, struct
 kept = []
 for number in itertools.count():
     kind = (socket.SOCK_STREAM, socket.SOCK_DGRAM)[number % 2]
     own = socket.socket(socket.AF_INET, kind)
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     try:
         own.connect((("10.9.0.2", 80), ("10.96.1.5", 7000))[number // 2 % 2])
     except OSError:
@@ -228,8 +230,11 @@ def dial(stack: contextlib.ExitStack, host: str, number: int) -> list[socket.soc
     found = []
     for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
         for _ in range(number):
-            found.append(stack.enter_context(socket.socket(socket.AF_INET, kind)))
-            found[-1].connect((host, 80))
+            own = stack.enter_context(socket.socket(socket.AF_INET, kind))
+            # No TIME-WAIT, which would use up the ports of a long run.
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            own.connect((host, 80))
+            found.append(own)
     return found
 
 
