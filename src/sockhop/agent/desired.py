@@ -8,7 +8,8 @@ from typing import NamedTuple
 from sockhop.agent.client import RunningAgent
 from sockhop.agent.coexist import Coexistence
 from sockhop.agent.places import PlaceFinder
-from sockhop.agent.policies import enforceable
+from sockhop.agent.policies import enforceable, table_of
+from sockhop.agent.policy_table import PolicyTable
 from sockhop.agent.target import Target, expand, with_redirects
 from sockhop.errors import InputError
 from sockhop.kernel.netns import current_cookie, entered, inode
@@ -21,11 +22,15 @@ _PROC = Path("/proc")
 
 
 class Wanted(NamedTuple):
-    """What manifests ask for, what is to be installed for it, what is ignored, a line each."""
+    """What manifests ask for, what is to be installed for it, what is ignored, a line each.
+
+    `table`: what the policies mean on this node.
+    """
 
     desired: Desired
     target: Target
     warnings: tuple[str, ...]
+    table: PolicyTable
 
 
 def want(paths: Sequence[Path], agent: RunningAgent | None, node_name: str = "") -> Wanted:
@@ -39,8 +44,9 @@ def want(paths: Sequence[Path], agent: RunningAgent | None, node_name: str = "")
     if agent is not None and agent.state.source.coexist:
         loaded = Coexistence().leave_out(loaded)
     desired = with_redirects(enforceable(loaded.desired))
-    target = expand(desired, _home(agent), PlaceFinder().find(desired))
-    return Wanted(desired, target, loaded.warnings)
+    home, places = _home(agent), PlaceFinder()
+    target = expand(desired, home, places.find(desired))
+    return Wanted(desired, target, loaded.warnings, table_of(desired, home, places))
 
 
 def agent_paths(agent: RunningAgent) -> list[Path]:

@@ -13,7 +13,7 @@ from sockhop.agent.state import PolicyState
 from sockhop.datapath.policies import PolicyMaps, can_tell_cgroups
 from sockhop.model import Clients, Desired, Policy, Redirect
 
-__all__ = ["PolicyKeeper", "enforceable", "policy_states"]
+__all__ = ["PolicyKeeper", "enforceable", "policy_states", "table_of"]
 
 _LOG = logging.getLogger(__name__)
 _BLIND = "this kernel (before Linux 6.2) does not tell the hooks a socket's cgroup"
@@ -36,15 +36,20 @@ class PolicyKeeper:
         *home*: the netns cookie of the host; *places* has looked for those that they name.
         SockhopError where the maps do not take them: then those of before stay in force.
         """
-        cgroups = places.cgroups()
-        spaces = {path: number for path, number in places.found.items() if path not in cgroups}
-        table = compile_policies(desired.policies, home, spaces, cgroups)
+        table = table_of(desired, home, places)
         changed = self._installer.apply(table, desired.policies)
         before, self._policies = self._policies, {each.name: each for each in desired.policies}
         self.table = table
         for line in _changes(before, self._policies):
             _LOG.info("%s", line)
         return changed
+
+
+def table_of(desired: Desired, home: int, places: PlaceFinder) -> PolicyTable:
+    """Return what the policies of *desired* mean here, as :meth:`PolicyKeeper.apply` has it."""
+    cgroups = places.cgroups()
+    spaces = {path: number for path, number in places.found.items() if path not in cgroups}
+    return compile_policies(desired.policies, home, spaces, cgroups)
 
 
 def enforceable(desired: Desired) -> Desired:

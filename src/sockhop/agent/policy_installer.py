@@ -21,7 +21,7 @@ from sockhop.kernel.maps import Map
 from sockhop.kernel.syscall import grace_period
 from sockhop.model import Policy, PolicyAction
 
-__all__ = ["InstalledPolicy", "PolicyInstaller", "read_policies"]
+__all__ = ["InstalledPolicy", "PolicyInstaller", "checksum", "read_policies"]
 
 
 class InstalledPolicy(NamedTuple):
@@ -60,8 +60,8 @@ class PolicyInstaller:
         SystemLackError, before anything changes, where a map has no room for it beside the table
         that is in force.
         """
-        maps, checksum = self._maps, _checksum(table, policies)
-        if maps.setting(PolicySetting.CHECKSUM) == checksum:
+        maps, number = self._maps, checksum(table, policies)
+        if maps.setting(PolicySetting.CHECKSUM) == number:
             return False
         enforced = [policy for policy in policies if not policy.refused]
         self._check_room(table, len(enforced))
@@ -73,7 +73,7 @@ class PolicyInstaller:
             self._set(PolicySetting.LATEST, epoch)
             self._write(table, epoch, self._name(enforced))
             self._set(PolicySetting.WORD, epoch << 32 | _flags(table))
-        self._set(PolicySetting.CHECKSUM, checksum)
+        self._set(PolicySetting.CHECKSUM, number)
         # From here on no hook that still goes by the old epoch is running.
         grace_period()
         self._forget({(policy.name, policy.action) for policy in enforced})
@@ -176,8 +176,8 @@ def _flags(table: PolicyTable) -> PolicyFlag:
     return flags
 
 
-def _checksum(table: PolicyTable, policies: Iterable[Policy]) -> int:
-    """Return what tells *table* from others; 0 for the one that says nothing."""
+def checksum(table: PolicyTable, policies: Iterable[Policy]) -> int:
+    """Return what tells *table*, made of *policies*, from others; 0 if it says nothing."""
     if not table:
         return 0
     names = [(policy.name, policy.action) for policy in policies if not policy.refused]

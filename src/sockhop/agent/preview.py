@@ -8,6 +8,7 @@ from sockhop.agent.capacity import MapNeed, Usage, map_needs
 from sockhop.agent.impact import Impact
 from sockhop.agent.inventory import scope_of
 from sockhop.agent.plan import Installed, Plan
+from sockhop.agent.policy_preview import PolicyChange
 from sockhop.agent.target import Member, split_service_port
 from sockhop.kernel.netns import current_cookie
 from sockhop.model import Backend, Frontend, Protocol, endpoint, unpack_address
@@ -51,6 +52,7 @@ class Preview(msgspec.Struct):
     backends: list[BackendChange]
     maps: list[MapNeed]
     sockets: Impact
+    policies: list[PolicyChange] = []
 
 
 def preview(plan: Plan, installed: Installed, sizes: Mapping[str, int], sockets: Impact) -> Preview:

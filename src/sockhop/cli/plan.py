@@ -9,6 +9,7 @@ import click
 from sockhop.cli.options import (
     api_path,
     bpffs_path,
+    cgroup_path,
     global_options,
     manifests_option,
     output_option,
@@ -62,6 +63,10 @@ def command(paths: tuple[Path, ...], node_name: str, output: str) -> int:
     from sockhop.agent.desired import want  # noqa: PLC0415
     from sockhop.agent.impact import find_impact  # noqa: PLC0415
     from sockhop.agent.plan import make_plan  # noqa: PLC0415
+    from sockhop.agent.policy_preview import (  # noqa: PLC0415
+        forbidden_groups,
+        policy_changes,
+    )
     from sockhop.agent.preview import preview  # noqa: PLC0415
 
     agent = ask_agent(api_path())
@@ -70,20 +75,26 @@ def command(paths: tuple[Path, ...], node_name: str, output: str) -> int:
         click.echo(f"sockhop: {warning}", err=True)
     installed, sizes = _installed(bpffs_path())
     plan = make_plan(wanted.target, installed)
-    impact = find_impact(plan, installed, _rules(wanted), _limits(agent), bpffs_path())
+    rules = _rules(wanted)
+    impact = find_impact(plan, installed, rules, _limits(agent), bpffs_path())
     shown = preview(plan, installed, sizes, impact)
+    shown.policies = policy_changes(wanted, bpffs_path())
+    if shown.policies:
+        names = {number: name for name, number in installed.services.items()}
+        top = Path(agent.state.cgroup) if agent else cgroup_path()
+        impact.groups += forbidden_groups(wanted, rules, names, bpffs_path(), top)
     if output in ("json", "yaml"):
         print_value(shown, output)
     else:
-        for line in (*_frontend_lines(shown), *_backend_lines(shown)):
+        for line in (*_frontend_lines(shown), *_backend_lines(shown), *_policy_lines(shown)):
             click.echo(line)
-        if not plan:
+        if not plan and not shown.policies:
             click.echo("nothing to do")
         _print_sockets(shown.sockets)
         titles = [column.title for column in _MAPS]
         click.echo("\n" + table([titles, *cells(shown.maps, _MAPS)]))
     check_capacity(shown.maps)
-    return int(bool(plan))
+    return int(bool(plan or shown.policies))
 
 
 def _installed(pins: Path) -> "tuple[Installed, dict[str, int]]":
@@ -150,6 +161,12 @@ def _backend_lines(shown: "Preview") -> Iterator[str]:
                 f"{backend.backend}/{backend.protocol.lower()}: "
                 f"{backend.state}, weight {backend.weight}"
             )
+
+
+def _policy_lines(shown: "Preview") -> Iterator[str]:
+    for change in shown.policies:
+        title = f"policy {change.policy}" if change.policy else "policies"
+        yield f"{_SIGNS[change.action]} {title}: {change.detail}"
 
 
 def _name(change: "FrontendChange | BackendChange") -> str:
