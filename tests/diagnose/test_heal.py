@@ -21,7 +21,7 @@ from tests.splice.stage import Place
 
 pytestmark = pytest.mark.kernel
 
-HEALS = int(os.environ.get("SOCKHOP_HEALS", "40"))
+HEALS = int(os.environ.get("SOCKHOP_HEALS", "25"))
 CONNECTIONS = 10 * HEALS
 
 

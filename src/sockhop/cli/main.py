@@ -22,6 +22,7 @@ _COMMANDS = {
     "completion": "Print the shell completion script.",
     "demo": "Show the main job in a namespace of its own.",
     "detach": "End balancing and remove everything of ours from the kernel.",
+    "doctor": "Say why connections to an address fail or hang.",
     "events": "List which sockets were ended or moved, why, and by which change.",
     "explain": "Say how a socket came to its backend, or why it has none.",
     "features": "List what this kernel can do for sockhop.",

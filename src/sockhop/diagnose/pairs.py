@@ -17,7 +17,16 @@ from sockhop.diagnose.visit import End, OpenMap, Visitor
 from sockhop.kernel.namespaces import Namespace, Namespaces
 from sockhop.kernel.procfs import find_holders
 
-__all__ = ["HalfSpliced", "PairCheck", "Queued", "Side", "check_pairs", "examine", "match_pairs"]
+__all__ = [
+    "HalfSpliced",
+    "PairCheck",
+    "Queued",
+    "Side",
+    "check_pairs",
+    "examine",
+    "match_pairs",
+    "unread_from_stack",
+]
 
 _FIN_RECEIVED = ("CLOSE-WAIT", "LAST-ACK", "CLOSING")
 
@@ -131,7 +140,7 @@ def check_pairs(first: Sequence[End], last: Sequence[End], audits: Iterable[Audi
         if _is_half_spliced(*ends)
         and _is_half_spliced(*(before[each.socket.sock] for each in ends))
     ]
-    waiting = [each for each in last if each.socket.spliced or _unread(each.socket)]
+    waiting = [each for each in last if each.socket.spliced or unread_from_stack(each.socket)]
     queued = [
         each.socket
         for each in waiting
@@ -198,11 +207,15 @@ def _splices(of: AuditSocket) -> bool:
 
 def _is_queued(before: AuditSocket, now: AuditSocket) -> bool:
     spliced = 0 < before.spliced <= now.spliced
-    stack = _unread(before) > 0 and _unread(now) > 0 and before.copied_seq == now.copied_seq
+    stack = (
+        unread_from_stack(before) > 0
+        and unread_from_stack(now) > 0
+        and before.copied_seq == now.copied_seq
+    )
     return spliced or stack
 
 
-def _unread(of: AuditSocket) -> int:
+def unread_from_stack(of: AuditSocket) -> int:
     """Return the bytes from the stack that have not been read; a FIN counts in sequence numbers."""
     return max(0, of.unread - (of.state_name in _FIN_RECEIVED))
 
@@ -268,7 +281,7 @@ def _side(end: End, holders: Mapping[int, list[str]]) -> Side:
     held = end.socket
     return Side(
         *(held.local, held.remote, held.handler, end.receiver, held.netns, held.inode),
-        *(_unread(held) + held.spliced, held.segs_in, held.segs_out),
+        *(unread_from_stack(held) + held.spliced, held.segs_in, held.segs_out),
         holders.get(held.inode, []),
     )
 
@@ -276,7 +289,15 @@ def _side(end: End, holders: Mapping[int, list[str]]) -> Side:
 def _queued(held: AuditSocket, holders: Mapping[int, list[str]]) -> Queued:
     more = bool(held.flags & AuditFlag.MORE)
     return Queued(
-        *(held.local, held.remote, held.state_name, held.netns, held.spliced, more, _unread(held)),
+        *(
+            held.local,
+            held.remote,
+            held.state_name,
+            held.netns,
+            held.spliced,
+            more,
+            unread_from_stack(held),
+        ),
         holders.get(held.inode, []),
     )
 

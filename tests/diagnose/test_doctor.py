@@ -1,0 +1,355 @@
+"""Each cause set up for real: the right conclusion, and no other."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from sockhop.diagnose.doctor import Cause, Diagnosis, Origin, diagnose
+from sockhop.diagnose.heal import heal
+from sockhop.kernel import netns
+from sockhop.kernel._libbpf import lib
+from sockhop.kernel.namespaces import Namespace
+from sockhop.model import pack_address
+from tests.diagnose.incident import Incident, incident, reset
+from tests.sandbox import Sandbox, compact, wait_until
+from tests.splice.stage import Place, Stage
+
+pytestmark = pytest.mark.kernel
+
+RUNS = int(os.environ.get("SOCKHOP_DOCTOR_RUNS", "3"))
+SERVER, CLIENT = Place.VETH4.server, Place.VETH4.client
+REQUEST = b"GET /health HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"
+ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nOK"
+NOBODY = Path("/nonexistent")
+
+
+class Server:
+    """Answers, or does what it is told, in threads of its own."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        does: str = "answer",
+        answer: bytes = ANSWER,
+        *,
+        listener: socket.socket | None = None,
+    ) -> None:
+        self.does = does
+        self._answer = answer
+        self._kept: list[socket.socket] = []
+        self.listener = listener or stage.listen(Place.VETH4)
+        self.port = int(self.listener.getsockname()[1])
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        with suppress(OSError):
+            while True:
+                made = self.listener.accept()[0]
+                self._kept.append(made)
+                threading.Thread(target=self._serve, args=(made,), daemon=True).start()
+
+    def _serve(self, made: socket.socket) -> None:
+        if self.does == "not read":
+            return
+        with suppress(OSError):
+            made.recv(4096)
+            if self.does.startswith("answer"):
+                made.sendall(self._answer)
+            if self.does in ("answer", "close"):
+                made.close()
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        self._thread.join(5)
+        for each in self._kept:
+            each.close()
+
+
+def origin(stage: Stage) -> Origin:
+    with netns.entered(stage.other):
+        place = Namespace(netns.inode(stage.other), netns.current_cookie(), stage.other)
+    return Origin("far", place)
+
+
+def ask(stage: Stage, port: int, *, request: bytes = REQUEST, count: int = 2) -> Diagnosis:
+    target = (pack_address(SERVER), port)
+    return diagnose(target, [origin(stage)], NOBODY, request=request, count=count, timeout=0.4)
+
+
+def causes(found: Diagnosis) -> list[Cause]:
+    return [each.cause for each in found.conclusions]
+
+
+def because(found: Diagnosis) -> str:
+    (only,) = found.conclusions
+    return only.because
+
+
+@pytest.fixture
+def stage() -> Iterator[Stage]:
+    with Stage(spliced=False) as made:
+        yield made
+
+
+@contextmanager
+def rules(where: Path, *lines: str) -> Iterator[None]:
+    """Have nftables rules in a namespace while the body runs."""
+    hooks = ("input", "output")
+    chains = [f"chain {h} {{ type filter hook {h} priority 0; }}" for h in hooks]
+    text = "\n".join(
+        ["table inet test {", *chains, "}", *(f"add rule inet test {x}" for x in lines)]
+    )
+    with netns.entered(where):
+        subprocess.run(["nft", "-f", "-"], input=text, text=True, check=True)
+    try:
+        yield
+    finally:
+        with netns.entered(where):
+            subprocess.run(["nft", "delete", "table", "inet", "test"], check=True)
+
+
+def test_healthy(stage: Stage) -> None:
+    with Server(stage) as server, Server(stage, answer=bytes(300_000)) as big:
+        for port in (server.port, big.port):
+            for _ in range(RUNS):
+                found = ask(stage, port)
+                assert (found.conclusions, found.dialled[0].failed) == ([], 0)
+                assert netns.inode(stage.sandbox.netns) in found.owners
+        assert ask(stage, server.port, request=b"").conclusions == []
+
+
+def test_server_not_listening(stage: Stage) -> None:
+    found = ask(stage, 7)
+    assert causes(found) == [Cause.NOT_LISTENING]
+    assert found.dialled[0].percent == 100
+    assert str(netns.inode(stage.sandbox.netns)) in because(found)
+
+
+def test_server_not_accepting(stage: Stage) -> None:
+    with ExitStack() as stack:
+        listener = stack.enter_context(stage.listen(Place.VETH4))
+        listener.listen(1)
+        port = listener.getsockname()[1]
+        found = ask(stage, port)
+        assert causes(found) == [Cause.NOT_ACCEPTING]
+        assert "waits to be accepted" in because(found)
+        for _ in range(4):
+            client = stack.enter_context(stage.client(Place.VETH4))
+            client.setblocking(False)
+            with suppress(BlockingIOError):
+                client.connect((SERVER, port))
+        wait_until(lambda: _queue(port) == 2, "a full queue")
+        found = ask(stage, port)
+        assert causes(found) == [Cause.NOT_ACCEPTING]
+        assert "2 of 2 places of its queue are taken" in because(found)
+
+
+def _queue(port: int) -> int:
+    told = subprocess.run(
+        ["ss", "-Hltn", f"sport = :{port}"], check=True, capture_output=True, text=True
+    )
+    return int(told.stdout.split()[1])
+
+
+def test_a_stopped_server(stage: Stage) -> None:
+    script = f"import socket; s = socket.create_server(({SERVER!r}, 7070)); input()"
+    inside = stage.sandbox.inside(sys.executable, "-c", script)
+    with subprocess.Popen(inside, stdin=subprocess.PIPE) as process:
+        try:
+            wait_until(lambda: _queue_of_listener(7070), "the server")
+            process.send_signal(signal.SIGSTOP)
+            found = ask(stage, 7070)
+            assert causes(found) == [Cause.NOT_ACCEPTING]
+            assert f"/{process.pid} (it is stopped)" in because(found)
+        finally:
+            process.kill()
+
+
+def _queue_of_listener(port: int) -> str:
+    told = subprocess.run(
+        ["ss", "-Hltn", f"sport = :{port}"], check=True, capture_output=True, text=True
+    )
+    return told.stdout
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        ("nothing", "has read it, and says nothing"),
+        ("not read", f"has not read {len(REQUEST)} bytes"),
+        ("close", "closed by the server"),
+    ],
+)
+def test_server_accepts_and_does_not_answer(stage: Stage, does: str, said: str) -> None:
+    with Server(stage, does) as server:
+        found = ask(stage, server.port)
+        assert causes(found) == [Cause.NOT_ANSWERING]
+        assert said in because(found)
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ("input tcp dport {port} drop", "where a server listens with room in its queue"),
+        ("input tcp dport {port} reject with tcp reset", "something answers in its place"),
+        ("input tcp dport {port} meta length > 60 drop", "the handshake passes, the request"),
+        ("output tcp sport {port} meta length > 60 drop", "has answered"),
+    ],
+)
+def test_filtered_on_the_way(stage: Stage, rule: str, said: str) -> None:
+    with Server(stage, "answer and wait") as server:
+        with rules(stage.sandbox.netns, rule.format(port=server.port)):
+            found = ask(stage, server.port)
+        assert causes(found) == [Cause.FILTERED]
+        assert said in because(found)
+        assert ask(stage, server.port).conclusions == []
+
+
+def test_nobody_has_the_address(stage: Stage) -> None:
+    target = (pack_address("10.77.0.99"), 80)
+    found = diagnose(target, [origin(stage)], NOBODY, count=1, timeout=0.3)
+    assert causes(found) == [Cause.FILTERED]
+    assert "no network namespace of this node has the address" in because(found)
+    target = (pack_address("203.0.113.1"), 80)
+    found = diagnose(target, [origin(stage)], NOBODY, count=1, timeout=0.3)
+    assert causes(found) == [Cause.NO_ROUTE]
+
+
+def test_mtu_black_hole(stage: Stage) -> None:
+    with netns.entered(stage.sandbox.netns):
+        # Segments as they go over a wire.
+        subprocess.run(["ip", "link", "set", "near", "gso_max_segs", "1"], check=True)
+    with Server(stage, "answer and wait", bytes(4000)) as server:
+        rule = f"output tcp sport {server.port} meta length > 1000 drop"
+        with rules(stage.sandbox.netns, rule):
+            assert causes(ask(stage, server.port)) == [Cause.MTU]
+
+
+def few_ports(stage: Stage, number: int) -> list[int]:
+    """Leave the clients of doctor only so many ports; return them."""
+    with netns.entered(stage.other):
+        Path("/proc/sys/net/ipv4/ip_local_port_range").write_text(f"30000 {29999 + number}")
+    return list(range(30000, 30000 + number))
+
+
+def test_stale_sockmap_entry() -> None:
+    with incident() as at, Server(at.stage, "nothing") as server:
+        for port in few_ports(at.stage, 4):
+            client = at.stage.client(Place.VETH4, port)
+            client.connect((SERVER, server.port))
+            client.sendall(b"ping")
+            wait_until(lambda: _unread(at) == 0, "the server to read")
+            reset(client)
+        wait_until(lambda: at.audit(0).result.stale_closed == 4, "stale entries")
+        server.does = "answer"
+        found = ask(at.stage, server.port)
+        assert causes(found) == [Cause.STALE_ENTRY], found
+        assert found.dialled[0].percent == 100
+        assert "(stale: closed)" in because(found)
+        assert "(tcp_bpf) splices to it, and not to" in because(found)
+        heal([at.audit()], lose_unread=True)
+        assert ask(at.stage, server.port).conclusions == []
+
+
+def _unread(at: Incident) -> int:
+    return sum(each.socket.spliced for each in at.audit(0).look.all())
+
+
+def test_no_free_local_port(stage: Stage) -> None:
+    (port,) = few_ports(stage, 1)
+    with Server(stage, "nothing") as server, stage.client(Place.VETH4, port) as client:
+        client.connect((SERVER, server.port))
+        assert causes(ask(stage, server.port)) == [Cause.NO_PORT]
+
+
+def test_half_spliced_pair() -> None:
+    """Two namespaces use the same addresses, and one map; in one an end is not in it."""
+    with incident() as at, ExitStack() as stack:
+        (port,) = few_ports(at.stage, 1)
+        _, held = (stack.enter_context(each) for each in _connection(("127.0.0.1", 7777), port))
+        (key,) = (
+            each.key
+            for each in at.audit(0).look.all()
+            if each.ends.local_port == port and each.ends.remote_port == 7777
+        )
+        assert lib.bpf_map_delete_elem(at.map.fd, key) == 0
+        with netns.entered(at.stage.other):
+            listener = socket.create_server(("127.0.0.1", 7777))
+        with Server(at.stage, listener=listener):
+            target = (pack_address("127.0.0.1"), 7777)
+            found = diagnose(
+                target, [origin(at.stage)], NOBODY, request=REQUEST, count=1, timeout=0.4
+            )
+        assert causes(found) == [Cause.HALF_SPLICED]
+        assert "another connection with the same addresses" in because(found)
+        assert held.recv(4096) == REQUEST  # it went to the wrong one
+
+
+def _connection(to: tuple[str, int], port: int) -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(to) as listener:
+        client = socket.create_connection(to, source_address=(to[0], port))
+        return client, listener.accept()[0]
+
+
+def test_no_backend_and_one_that_is_gone(sandbox: Sandbox) -> None:
+    text = compact(
+        none={"frontends": ["10.96.0.1:80/tcp"], "backends": []},
+        gone={"frontends": ["10.96.0.1:81/tcp"], "backends": ["10.96.0.1:9"]},
+    )
+    with sandbox.agent(sandbox.manifest(text)):
+        none, gone = (
+            diagnose((pack_address("10.96.0.1"), port), [Origin("here", None)], sandbox.pins)
+            for port in (80, 81)
+        )
+    assert causes(none) == [Cause.NO_BACKEND]
+    assert causes(gone) == [Cause.BACKEND_GONE]
+    assert "the backend 10.96.0.1:9, dialled by itself: refused" in because(gone)
+
+
+def test_policy_denial(sandbox: Sandbox) -> None:
+    policy = {"name": "no", "deny": [{"cidr": "127.0.9.0/24"}]}
+    text = json.dumps({"version": 1, "services": [], "policies": [policy]})
+    with sandbox.agent(sandbox.manifest(text)):
+        target = (pack_address("127.0.9.1"), 80)
+        found = diagnose(target, [Origin("here", None)], sandbox.pins, count=2)
+    assert causes(found) == [Cause.DENIED]
+
+
+def test_the_command(stage: Stage) -> None:
+    far = stage.other.name
+    with Server(stage) as server:
+        target = f"{SERVER}:{server.port}"
+        options = ("--from", far, "--http", "/health", "--timeout", "500ms")
+        healthy = stage.sandbox.sockhop("doctor", target, *options)
+        assert "nothing is wrong: 5 connections of 5 succeed" in healthy.stdout
+        told = json.loads(stage.sandbox.sockhop("doctor", target, *options, "-o", "json").stdout)
+        assert told["dialled"][0]["results"] == {"answered": 5}
+    sick = stage.sandbox.sockhop("doctor", target, *options, check=False)
+    assert sick.returncode == 1
+    assert "server not listening (from " in sick.stdout
+    assert "do: start the server" in sick.stdout
+    for wrong, said in (
+        (("10.0.0.1",), "is no address with a port"),
+        (("10.0.0.1:0",), "is no address with a port"),
+        (("name:80",), "is no address with a port"),
+        ((target, "--http", "x y"), "is no path"),
+        ((target, "--from", "nowhere"), "No such file"),
+    ):
+        failed = stage.sandbox.sockhop("doctor", *wrong, check=False)
+        assert failed.returncode == 2
+        assert said in failed.stderr
