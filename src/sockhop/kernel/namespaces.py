@@ -1,8 +1,5 @@
 """Every network namespace of the node, and the way into it (network_namespaces(7), nsfs)."""
 
-import errno
-import fcntl
-import os
 import socket
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,7 +14,6 @@ from sockhop.kernel.syscall import KernelError
 __all__ = ["Namespace", "NamespaceGone", "Namespaces", "entered", "mounted_names", "namespace_of"]
 
 _PROC = Path("/proc")
-_SIOCGSKNS = 0x894C
 _NAMED = Path("/run/netns")
 
 
@@ -50,22 +46,9 @@ def entered(namespace: Namespace) -> Iterator[None]:
 
 @contextmanager
 def namespace_of(own: socket.socket) -> Iterator[Namespace]:
-    """Yield the namespace of a socket, which may be all that holds it; KernelError without rights.
-
-    Linux kernel commit c62cce2caee5 ("net: add an ioctl to get a socket network namespace")
-    (in v4.10).
-    """
-    try:
-        fd = fcntl.ioctl(own, _SIOCGSKNS)
-    except OSError as error:
-        raise KernelError("asking a socket for its namespace", error.errno or 0) from None
-    try:
-        path = Path(f"/proc/self/fd/{fd}")
-        with netns.entered(path):
-            found = Namespace(netns.inode(path), netns.current_cookie(), path)
-        yield found
-    finally:
-        os.close(fd)
+    """Yield the namespace of a socket, which may be all that holds it; errors as in netns_of()."""
+    with netns.netns_of(own) as path:
+        yield Namespace(netns.inode(path), netns.socket_netns_cookie(own), path)
 
 
 class Namespaces:
@@ -112,16 +95,15 @@ class Namespaces:
                 return
 
     def _note(self, path: Path) -> None:
-        with suppress(OSError, InputError):  # what held it is gone
+        with suppress(OSError, InputError):  # what held it is gone, or it is of another kind
             inode = netns.inode(path)
             if inode in self._known:
                 return
             try:
                 with netns.entered(path):
                     self._known[inode] = Namespace(inode, netns.current_cookie(), path)
-            except KernelError as error:
-                if error.errno == errno.EPERM:  # else it is of another kind
-                    self.closed.add(inode)
+            except KernelError:
+                self.closed.add(inode)
 
 
 def mounted_names() -> dict[int, str]:

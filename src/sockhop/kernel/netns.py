@@ -1,5 +1,6 @@
 """Network namespaces: cookies, and entering one by path (net/core/net_namespace.c)."""
 
+import errno
 import fcntl
 import os
 import socket
@@ -88,4 +89,6 @@ def _opened(path: Path) -> Iterator[int]:
 
 def _setns(fd: int, name: str) -> None:
     if lib.setns(fd, lib.CLONE_NEWNET) < 0:
+        if ffi.errno == errno.EINVAL:  # also where `ip netns` is just making or deleting one
+            raise InputError(f"{name}: this is no network namespace")
         raise KernelError(f"entering {name}", ffi.errno)
