@@ -248,3 +248,16 @@ def test_auto_gives_up_where_it_does_not_help(inside: Inside) -> None:
         # It stays so, until the manifest says otherwise.
         publish(manifest, web(server, splice="on"))
         wait_until(lambda: _next_is_spliced(server), "on")
+
+
+def test_a_namespace_that_is_not_there(inside: Inside) -> None:
+    sandbox, server = inside
+    manifest = sandbox.manifest(web(server, splice="on"))
+    with sandbox.agent(manifest, "--splice-netns", "/run/netns/no-such") as agent:
+        state = agent.status()["splicing"]
+        assert (state["state"], state["reason"]) == (
+            "unavailable",
+            "/run/netns/no-such: No such file or directory",
+        )
+        with dialled(FRONTEND, server) as ends:
+            assert not is_spliced(*ends)

@@ -99,7 +99,8 @@ MUTANTS = {
 def test_a_mutant_is_noticed(what: str, tmp_path: Path) -> None:
     changes, broken = MUTANTS[what]
     with Stage(path=mutant(tmp_path, "splice", *changes.items())) as stage:
-        seen = run_all(stage, SEQUENCES, ONE)
+        concerned = [each for each in SEQUENCES if each.__name__[1:] in broken]
+        seen = run_all(stage, concerned, ONE)
     wanted = expected()
     differs = {name for (place, name), lines in seen.items() if lines != wanted[place, name]}
-    assert broken <= differs, differs
+    assert differs == broken

@@ -18,7 +18,7 @@ from tests.sandbox import Sandbox, compact, publish, wait_until
 
 pytestmark = pytest.mark.kernel
 
-SECONDS = float(os.environ.get("SOCKHOP_SOAK", "6"))
+SECONDS = float(os.environ.get("SOCKHOP_SOAK", "4"))
 FRONTEND = ("10.96.0.1", 80)
 
 

@@ -107,6 +107,7 @@ class Splicing:
         self._names: dict[int, str] = {}
         self._again: Callable[[], None] | None = None
         self._stopped = False
+        self._complaint = ""
         for text in options.addresses:
             parse_splice_address(text)
 
@@ -122,8 +123,8 @@ class Splicing:
 
         Where the kernel cannot, that is logged and shown, and everything else goes on.
         """
-        wanted = self._wanted(desired, ids)
         try:
+            wanted = self._wanted(desired, ids)
             if wanted.splices and not self._start():
                 return
             if self._splicer is None:
@@ -141,9 +142,14 @@ class Splicing:
         """Take out sockets that are done with splicing; end what does not help."""
         if self._sweeper is None or self._splicer is None:
             return
-        self._sweeper.sweep()
-        if self._judge() and self._again:
-            self._again()
+        try:
+            self._sweeper.sweep()
+            if self._judge() and self._again:
+                self._again()
+        except SockhopError as error:
+            if str(error) != self._complaint:
+                _LOG.warning("sockets that are done with splicing stay as they are: %s", error)
+            self._complaint = str(error)
 
     # --- parts --------------------------------------------------------------------------------
 
