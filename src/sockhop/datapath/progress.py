@@ -1,5 +1,6 @@
 """Whether TCP connections still make progress: what their peers have sent, asked for if need be."""
 
+import os
 import socket
 import struct
 import time
@@ -55,6 +56,9 @@ def probe_peers(sockets: Iterable[Socket]) -> set[int]:
                 for holder in holders[inode]:
                     with suppress(KernelError, OSError):
                         own = stack.enter_context(borrowed(holder))
+                        # The descriptor may have become another socket's.
+                        if os.fstat(own.fileno()).st_ino != inode:
+                            continue
                         if _idle(own) > 1000 * _IDLE:
                             stack.enter_context(_probing(own))
                             reached.add(wanted[inode].cookie)

@@ -1,5 +1,6 @@
 """What /proc tells of the processes that hold sockets (proc(5))."""
 
+import errno
 import os
 import socket
 import time
@@ -109,7 +110,12 @@ def borrowed(holder: Holder) -> Iterator[socket.socket]:
         raise KernelError(f"opening process {holder.pid}", error.errno or 0) from None
     if fd < 0:
         raise KernelError(f"duplicating descriptor {holder.fd} of {holder}", ffi.errno)
-    with socket.socket(fileno=fd) as duplicate:
+    try:
+        duplicate = socket.socket(fileno=fd)
+    except OSError:  # the number is another file's by now
+        os.close(fd)
+        raise KernelError(f"duplicating descriptor {holder.fd} of {holder}", errno.EBADF) from None
+    with duplicate:
         yield duplicate
 
 
