@@ -15,9 +15,11 @@ import pytest
 
 from sockhop.diagnose.doctor import Cause, Diagnosis, Origin, diagnose
 from sockhop.diagnose.heal import heal
+from sockhop.diagnose.pairs import examine
+from sockhop.diagnose.visit import Visitor, open_sockmaps
 from sockhop.kernel import netns
 from sockhop.kernel._libbpf import lib
-from sockhop.kernel.namespaces import Namespace
+from sockhop.kernel.namespaces import Namespace, Namespaces
 from sockhop.model import pack_address
 from tests.diagnose.incident import Incident, incident, reset
 from tests.sandbox import Sandbox, compact, wait_until
@@ -131,6 +133,70 @@ def test_healthy(stage: Stage) -> None:
                 assert (found.conclusions, found.dialled[0].failed) == ([], 0)
                 assert netns.inode(stage.sandbox.netns) in found.owners
         assert ask(stage, server.port, request=b"").conclusions == []
+
+
+class Load:
+    """Connections of others, opened, used and closed all the time."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._stop = threading.Event()
+        self.count = 0
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        with Server(self._stage) as server:
+            while not self._stop.is_set():
+                with self._stage.client(Place.VETH4) as client:
+                    client.settimeout(5)
+                    client.connect((SERVER, server.port))
+                    client.sendall(REQUEST)
+                    assert client.recv(4096)
+                self.count += 1
+
+    def __enter__(self) -> "Load":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+@contextmanager
+def _by_tuple() -> Iterator[Stage]:
+    with incident() as at:
+        yield at.stage
+
+
+@pytest.mark.parametrize("spliced", [True, False], ids=["ours", "by tuple"])
+def test_healthy_under_load(spliced: bool) -> None:
+    """With splicing of ours, and with a sockhash by tuple of which every socket is closed."""
+    with ExitStack() as stack:
+        stage = stack.enter_context(Stage() if spliced else _by_tuple())
+        visitor = stack.enter_context(Visitor())
+        inodes = {netns.inode(stage.sandbox.netns), netns.inode(stage.other)}
+        places = Namespaces().by_inode(inodes)
+        server = stack.enter_context(Server(stage))
+        load = stack.enter_context(Load(stage))
+        for _ in range(RUNS):
+            assert ask(stage, server.port).conclusions == []
+            with ExitStack() as opened:
+                maps = [
+                    each
+                    for each in open_sockmaps(opened)
+                    if each.info.name in ("splice_sockets", "vanilla_sockets")
+                ]
+                audits, pairs = examine(visitor, maps, wait=0.1, places=places)
+            ours = [
+                entry
+                for each in audits
+                if each.result.in_the_way
+                for entry in each.result.stale_entries
+                if entry.netns in inodes
+            ]
+            assert (ours, pairs.findings) == ([], 0)
+        assert load.count > RUNS
 
 
 def test_server_not_listening(stage: Stage) -> None:
@@ -263,7 +329,9 @@ def test_stale_sockmap_entry() -> None:
         assert "(stale: closed)" in because(found)
         assert "(tcp_bpf) splices to it, and not to" in because(found)
         heal([at.audit()], lose_unread=True)
-        assert ask(at.stage, server.port).conclusions == []
+        few_ports(at.stage, 20000)
+        found = ask(at.stage, server.port, count=1000)
+        assert found.dialled[0].results == {"answered": 1000}
 
 
 def _unread(at: Incident) -> int:
