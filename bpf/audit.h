@@ -11,6 +11,7 @@ enum audit_flag {
 	AUDIT_PARSER = 4, /* a program sees what it sends (sk_msg) */
 	AUDIT_VERDICT = 8, /* a program sees what it receives (sk_skb) */
 	AUDIT_MORE = 16, /* `spliced` is not all that is queued */
+	AUDIT_IPV6ONLY = 32, /* IPV6_V6ONLY: not for IPv4 */
 };
 
 /* What is zero for sockets that are not TCP begins with `acknowledged`. */

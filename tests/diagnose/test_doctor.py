@@ -206,6 +206,24 @@ def test_server_not_listening(stage: Stage) -> None:
     assert str(netns.inode(stage.sandbox.netns)) in because(found)
 
 
+def test_a_server_of_the_other_family(stage: Stage) -> None:
+    with netns.entered(stage.sandbox.netns):
+        for where, only, asked in (("0.0.0.0", 0, Place.VETH6.server), ("::", 1, SERVER)):
+            family = socket.AF_INET6 if ":" in where else socket.AF_INET
+            with socket.socket(family) as server:
+                if only:
+                    server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                server.bind((where, 7071))
+                server.listen()
+                found = diagnose((pack_address(asked), 7071), [origin(stage)], NOBODY, count=1)
+                assert causes(found) == [Cause.NOT_LISTENING]
+    with rules(stage.sandbox.netns, "input tcp dport 7072 reject with tcp reset"):
+        with netns.entered(stage.sandbox.netns):
+            dual = socket.create_server(("::", 7072), family=socket.AF_INET6, dualstack_ipv6=True)
+        with dual:
+            assert causes(ask(stage, 7072)) == [Cause.FILTERED]
+
+
 def test_server_not_accepting(stage: Stage) -> None:
     with ExitStack() as stack:
         listener = stack.enter_context(stage.listen(Place.VETH4))

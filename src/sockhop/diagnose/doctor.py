@@ -17,6 +17,7 @@ from sockhop.datapath.records import BackendRecord, FrontendKey
 from sockhop.datapath.sockets import TCP_STATES, Socket
 from sockhop.diagnose.dial import Attempt, Result, dialled
 from sockhop.diagnose.pairs import HalfSpliced, examine, match_pairs, unread_from_stack
+from sockhop.diagnose.records import AuditFlag
 from sockhop.diagnose.visit import End, Visitor, open_sockmaps
 from sockhop.kernel.namespaces import Namespace, NamespaceGone, Namespaces, entered
 from sockhop.kernel.procfs import find_holders
@@ -29,7 +30,6 @@ Target = tuple[bytes, int]
 
 _LISTEN = 1 << TCP_STATES.index("LISTEN") + 1
 _STOPPED = ("T", "t")
-_ANY = ("0.0.0.0", "::")
 
 
 class Cause(StrEnum):
@@ -178,11 +178,32 @@ class _Doctor:
             advice = "look at the routes of this namespace (ip route get)"
             return [_Found(Cause.NO_ROUTE, because, advice)]
         owners = self.owners(target, origin.place or _own_namespace(self._places))
-        listeners = _listeners(owners, target)
+        listeners = self._listeners(owners, target)
         if attempt.result is Result.SILENT:
             return [self._silent(origin, target, attempt, owners, listeners)]
         refused = attempt.result is Result.REFUSED
         return [(_refused if refused else _timed_out)(owners, listeners)]
+
+    def _listeners(self, owners: Sequence[Namespace], target: Target) -> list[Socket]:
+        """Return the sockets that listen for connections to the target."""
+        address = unpack_address(target[0])
+        four = ":" not in address
+        wanted = {address, "0.0.0.0"} if four else {address, "::"}
+        for_four = {
+            each.socket.inode
+            for each in (self._visitor.ends(owners) if four else ())
+            if not each.socket.flags & AuditFlag.IPV6ONLY
+        }
+        found = []
+        for place in owners:
+            with suppress(NamespaceGone), entered(place):
+                for each in list_here((socket.IPPROTO_TCP,), states=_LISTEN):
+                    local = unpack_address(each.local_address)
+                    if each.local_port == target[1] and (
+                        local in wanted or (local == "::" and each.inode in for_four)
+                    ):
+                        found.append(each)
+        return found
 
     def _backends(self, target: Target) -> list[BackendRecord] | None:
         """Return the backends if the target is a frontend of ours; None if it is not."""
@@ -384,21 +405,6 @@ def _spliced(of: HalfSpliced) -> _Found:
         else "two connections share a key: the program that fills the map has to tell network "
         "namespaces apart; turn its splicing off",
     )
-
-
-def _listeners(owners: Sequence[Namespace], target: Target) -> list[Socket]:
-    found = []
-    for place in owners:
-        with suppress(NamespaceGone), entered(place):
-            found += [
-                each
-                for each in list_here((socket.IPPROTO_TCP,), states=_LISTEN)
-                if each.local_port == target[1]
-                and (
-                    each.local_address == target[0] or not any(each.local_address.lstrip(b"\0")[2:])
-                )
-            ]
-    return found
 
 
 def _is_full(listener: Socket) -> bool:

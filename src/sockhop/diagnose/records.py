@@ -29,6 +29,7 @@ class AuditFlag(IntFlag):
     PARSER = 4
     VERDICT = 8
     MORE = 16
+    IPV6ONLY = 32
 
 
 class Handler(StrEnum):
