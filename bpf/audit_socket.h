@@ -108,7 +108,7 @@ static __always_inline void fill_socket(struct audit_socket *out, struct sock *s
 	out->local_port = sk->__sk_common.skc_num;
 	out->remote_port = bpf_ntohs(sk->__sk_common.skc_dport);
 	out->inode = inode_of(sk);
-	if (BPF_CORE_READ_BITFIELD_PROBED(sk, __sk_common.skc_ipv6only))
+	if (BPF_CORE_READ_BITFIELD(sk, __sk_common.skc_ipv6only))
 		out->flags |= AUDIT_IPV6ONLY;
 	fill_addresses(out, sk);
 	fill_psock(out, sk);
