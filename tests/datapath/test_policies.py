@@ -8,13 +8,24 @@ from pathlib import Path
 
 import pytest
 
+from sockhop.agent.places import PlaceFinder
+from sockhop.agent.policies import PolicyKeeper
 from sockhop.agent.policy_installer import read_policies
 from sockhop.agent.policy_table import Judge
 from sockhop.datapath.policies import PolicySetting
 from sockhop.errors import SystemLackError
 from sockhop.kernel.cgroups import cgroup_id, cgroup_root
 from sockhop.kernel.netns import current_cookie
-from sockhop.model import Clients, Policy, PolicyAction, Ports, Protocol, Rule, pack_address
+from sockhop.model import (
+    Clients,
+    Desired,
+    Policy,
+    PolicyAction,
+    Ports,
+    Protocol,
+    Rule,
+    pack_address,
+)
 from tests.datapath.node import Node, service
 from tests.datapath.rules import Policed, allow, deny, joined, rule, text, verdict
 from tests.datapath.udp import connect_raw
@@ -322,3 +333,11 @@ def test_a_server_may_answer_whom_it_could_not_dial(policed: Policed) -> None:
             (server.address, server.port), source_address=("127.0.9.1", 0)
         ) as client:
             assert client.recv(10) == b"s"
+
+
+def test_what_a_killed_agent_has_left_is_no_policy(policed: Policed) -> None:
+    """It died before it could store the word of a change: the next one wants none at all."""
+    policed.apply(deny(rule("127.0.9.1/32")))
+    policed.maps.settings.set(PolicySetting.CHECKSUM, 0)
+    PolicyKeeper(policed.maps, policed.cgroup).apply(Desired(), policed.home, PlaceFinder())
+    assert not verdict("127.0.9.1")

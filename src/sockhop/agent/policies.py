@@ -7,6 +7,7 @@ from pathlib import Path
 from msgspec import structs
 
 from sockhop.agent.places import PlaceFinder
+from sockhop.agent.policy_check import check_policies
 from sockhop.agent.policy_installer import PolicyInstaller
 from sockhop.agent.policy_table import PolicyTable, compile_policies
 from sockhop.agent.state import PolicyState
@@ -25,6 +26,8 @@ class PolicyKeeper:
     def __init__(self, maps: PolicyMaps, top: Path) -> None:
         """*top*: the cgroup where the hooks are attached."""
         self.top = top
+        self._maps = maps
+        self._sound = False
         self._installer = PolicyInstaller(maps)
         self._policies: dict[str, Policy] = {}
         self.table = PolicyTable({}, (), ())
@@ -37,9 +40,12 @@ class PolicyKeeper:
         SockhopError where the maps do not take them: then those of before stay in force.
         """
         table = table_of(desired, home, places)
+        if not self._sound and any(True for _ in check_policies(table, self._maps)):
+            # A dead agent has left it so, or something has damaged it, whatever its checksum says.
+            self._installer.distrust()
         changed = self._installer.apply(table, desired.policies)
         before, self._policies = self._policies, {each.name: each for each in desired.policies}
-        self.table = table
+        self.table, self._sound = table, True
         for line in _changes(before, self._policies):
             _LOG.info("%s", line)
         return changed

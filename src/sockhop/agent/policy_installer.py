@@ -21,7 +21,7 @@ from sockhop.kernel.maps import Map
 from sockhop.kernel.syscall import grace_period
 from sockhop.model import Policy, PolicyAction
 
-__all__ = ["InstalledPolicy", "PolicyInstaller", "checksum", "read_policies"]
+__all__ = ["InstalledPolicy", "PolicyInstaller", "checksum", "flags_of", "read_policies"]
 
 
 class InstalledPolicy(NamedTuple):
@@ -52,6 +52,7 @@ class PolicyInstaller:
     def __init__(self, maps: PolicyMaps) -> None:
         """Take over what is in force, and delete what a dead agent has left half-written."""
         self._maps = maps
+        self._trusted = True
         self._forget()
 
     def apply(self, table: PolicyTable, policies: Sequence[Policy]) -> bool:
@@ -61,7 +62,7 @@ class PolicyInstaller:
         that is in force.
         """
         maps, number = self._maps, checksum(table, policies)
-        if maps.setting(PolicySetting.CHECKSUM) == number:
+        if self._trusted and maps.setting(PolicySetting.CHECKSUM) == number:
             return False
         enforced = [policy for policy in policies if not policy.refused]
         self._check_room(table, len(enforced))
@@ -72,12 +73,17 @@ class PolicyInstaller:
             epoch = maps.setting(PolicySetting.LATEST) + 1
             self._set(PolicySetting.LATEST, epoch)
             self._write(table, epoch, self._name(enforced))
-            self._set(PolicySetting.WORD, epoch << 32 | _flags(table))
+            self._set(PolicySetting.WORD, epoch << 32 | flags_of(table))
         self._set(PolicySetting.CHECKSUM, number)
         # From here on no hook that still goes by the old epoch is running.
         grace_period()
         self._forget({(policy.name, policy.action) for policy in enforced})
+        self._trusted = True
         return True
+
+    def distrust(self) -> None:
+        """Write everything anew at the next apply(), whatever is installed."""
+        self._trusted = False
 
     def _write(self, table: PolicyTable, epoch: int, ids: dict[str, int]) -> None:
         """Write all that *epoch* says; no word names it yet."""
@@ -167,7 +173,8 @@ class PolicyInstaller:
         self._maps.settings.set(which, value)
 
 
-def _flags(table: PolicyTable) -> PolicyFlag:
+def flags_of(table: PolicyTable) -> PolicyFlag:
+    """Return by what the clients of *table* are told."""
     flags = PolicyFlag(0)
     if any(client.netns for client in table.clients):
         flags |= PolicyFlag.SPACES

@@ -10,6 +10,8 @@ import msgspec
 
 from sockhop.agent.installed import read_installed
 from sockhop.agent.plan import Installed, make_plan
+from sockhop.agent.policy_check import check_policies
+from sockhop.agent.policy_table import PolicyTable
 from sockhop.agent.soundness import (
     Finding,
     Records,
@@ -22,6 +24,8 @@ from sockhop.agent.soundness import (
 from sockhop.agent.target import Entry, Member, Target
 from sockhop.datapath.attachment import Owner
 from sockhop.datapath.balancer import HOOKS, BalanceMaps, attached_hooks, map_directory
+from sockhop.datapath.pins import NotInstalled
+from sockhop.datapath.policies import PolicyMaps
 from sockhop.datapath.records import COUNTED_LIVE, FrontendKey, LiveKey, Setting, Total
 from sockhop.datapath.sockets import Socket, Sockets
 from sockhop.errors import InputError
@@ -44,15 +48,20 @@ class Verdict(msgspec.Struct):
     compared: dict[str, int]
 
 
-def verify(pins: Path, cgroup: Path, wanted: Callable[[], Target] | None) -> Verdict:
+def verify(
+    pins: Path,
+    cgroup: Path,
+    wanted: Callable[[], Target] | None,
+    policies: Callable[[], PolicyTable] | None = None,
+) -> Verdict:
     """Compare what should be with what is installed, that with itself, and both with sockets.
 
     *cgroup* is where programs without a link are; *wanted* returns what should be, None where that
-    is not known. A difference, or a note, is one that is there at each of several looks.
-    NotInstalled where nothing is installed.
+    is not known; *policies*, called after it, the policies. A difference, or a note, is one that is
+    there at each of several looks. NotInstalled where nothing is installed.
     """
     with BalanceMaps(pins) as maps, Sockets(pins) as sockets:
-        sides = _Sides(pins, cgroup, maps, sockets, wanted)
+        sides = _Sides(pins, cgroup, maps, sockets, wanted, policies)
         verdict = _look(sides)
         for _ in range(_LOOKS - 1):
             if not verdict.differences and not verdict.notes:
@@ -73,6 +82,7 @@ class _Sides(NamedTuple):
     maps: BalanceMaps
     sockets: Sockets
     wanted: Callable[[], Target] | None
+    policies: Callable[[], PolicyTable] | None
 
 
 def _look(sides: _Sides) -> Verdict:
@@ -83,6 +93,7 @@ def _look(sides: _Sides) -> Verdict:
     steady = steady_frontends(maps, records)
     differences = [
         *(_compare(*desired, steady) if isinstance(desired, tuple) else desired),
+        *(_check_policies(sides) if isinstance(desired, tuple) else ()),
         *check_records(maps, records, steady),
         *_check_hooks(hooks, Owner(map_directory(sides.pins))),
         *_check_live(live, records),
@@ -97,6 +108,18 @@ def _look(sides: _Sides) -> Verdict:
         "sockets": len(live.sockets),
     }
     return Verdict(differences, notes, compared)
+
+
+def _check_policies(sides: _Sides) -> Iterator[Finding]:
+    if sides.policies is None:
+        return
+    table = sides.policies()
+    try:
+        with PolicyMaps(sides.pins) as maps:
+            yield from check_policies(table, maps)
+    except NotInstalled:  # an older version has made the maps
+        if table:
+            yield Finding("desired", "policies", "in force", "no maps for them")
 
 
 # --- desired and installed ------------------------------------------------------------------------

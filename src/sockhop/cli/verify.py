@@ -1,6 +1,5 @@
 """`sockhop verify`."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from sockhop.cli.output import Column, counted, print_rows, print_value
 
 if TYPE_CHECKING:
     from sockhop.agent.client import RunningAgent
+    from sockhop.agent.policy_table import PolicyTable
     from sockhop.agent.target import Target
     from sockhop.agent.verify import Verdict
 
@@ -55,7 +55,9 @@ def command(paths: tuple[Path, ...], node_name: str, output: str) -> int:
 
     agent = ask_agent(api_path())
     cgroup = Path(agent.state.cgroup) if agent else cgroup_path()
-    verdict = verify(bpffs_path(), cgroup, _wanted(paths, node_name, agent))
+    manifests = _Manifests(paths, node_name, agent)
+    wanted, policies = (manifests.target, manifests.policies) if manifests else (None, None)
+    verdict = verify(bpffs_path(), cgroup, wanted, policies)
     if not paths and agent is None:
         verdict.notes.append("no agent runs and no -f is given: not compared with manifests")
     if output in ("json", "yaml"):
@@ -65,18 +67,35 @@ def command(paths: tuple[Path, ...], node_name: str, output: str) -> int:
     return int(bool(verdict.differences))
 
 
-def _wanted(
-    paths: tuple[Path, ...], node_name: str, agent: "RunningAgent | None"
-) -> "Callable[[], Target] | None":
-    """Return what reads the manifests, if there are any to read."""
-    from sockhop.agent.desired import agent_paths, want  # noqa: PLC0415 (slow to import)
+class _Manifests:
+    """Reads the manifests anew at each look, or once those that are given."""
 
-    if paths:
-        target = want(paths, agent, node_name).target
-        return lambda: target
-    if agent is None:
-        return None
-    return lambda: want(agent_paths(agent), agent, agent.state.source.node_name).target
+    def __init__(
+        self, paths: tuple[Path, ...], node_name: str, agent: "RunningAgent | None"
+    ) -> None:
+        from sockhop.agent.desired import want  # noqa: PLC0415 (slow to import)
+
+        self._agent = agent
+        self._given = want(paths, agent, node_name) if paths else None
+        self._last = self._given
+
+    def __bool__(self) -> bool:
+        return self._given is not None or self._agent is not None
+
+    def target(self) -> "Target":
+        """Return what they ask for now."""
+        from sockhop.agent.desired import agent_paths, want  # noqa: PLC0415
+
+        if self._given is None and self._agent is not None:
+            paths = agent_paths(self._agent)
+            self._last = want(paths, self._agent, self._agent.state.source.node_name)
+        assert self._last is not None
+        return self._last.target
+
+    def policies(self) -> "PolicyTable":
+        """Return the policies that they asked for when target() was called last."""
+        assert self._last is not None
+        return self._last.table
 
 
 def _print(verdict: "Verdict", output: str) -> None:
