@@ -56,7 +56,7 @@ def run_tests(kernel: Kernel, arguments: str, *, seconds: float = 900) -> Report
     begun, _, told = text.partition("BEGIN\n")
     outcomes = {match[1]: match[2] for line in told.splitlines() if (match := _OUTCOME.match(line))}
     ended = re.search(r"^END (\d+)$", told, re.MULTILINE)
-    features = re.search(r"^FEATURES (.*)$", begun, re.MULTILINE)
+    features = re.search(r"FEATURES (\{.*\})$", begun, re.MULTILINE)
     listed = json.loads(features[1])["features"] if features else []
     lacking = frozenset(each["name"] for each in listed if not each["available"])
     return Report(outcomes, int(ended[1]) if ended else None, text, lacking)
