@@ -108,3 +108,23 @@ def test_node_local_dns_both_ways(sandbox: Sandbox, cache_group: Path) -> None:
         publish(path, objects(*dns_service()))
         wait_until(lambda: ask(client, "who.test") == "10.1.1.1", "the cluster again")
         assert client.getpeername() == (DNS, 53)
+
+
+def test_without_the_caches_cgroup_nobody_is_redirected(sandbox: Sandbox) -> None:
+    """Whoever begins to run there must be exempt at once."""
+    group = sandbox.cgroup / "later"
+    cgroup = f"/{group.relative_to(cgroup_root())}"
+    path = sandbox.manifest(objects(*dns_service(), redirect(cgroup)))
+    with (
+        sandbox.agent(path),
+        name_server(CLUSTER, "--address=/test/10.1.1.1"),
+        name_server(CACHE, "--address=/who.test/127.0.1.2"),
+        connected(DNS) as client,
+    ):
+        assert ask(client, "who.test") == "10.1.1.1"
+        assert "no        all,!" in sandbox.sockhop("get", "policies").stdout
+        group.mkdir()
+        wait_until(lambda: ask(client, "who.test") == "127.0.1.2", "the cache")
+        assert "yes       all,!" in sandbox.sockhop("get", "policies").stdout
+        group.rmdir()
+        wait_until(lambda: ask(client, "who.test") == "10.1.1.1", "the cluster again")

@@ -43,9 +43,10 @@ def want(paths: Sequence[Path], agent: RunningAgent | None, node_name: str = "")
     loaded = load(paths, node_name=node_name)
     if agent is not None and agent.state.source.coexist:
         loaded = Coexistence().leave_out(loaded)
-    desired = with_redirects(enforceable(loaded.desired))
-    home, places = _home(agent), PlaceFinder()
-    target = expand(desired, home, places.find(desired))
+    meant, home, places = enforceable(loaded.desired), _home(agent), PlaceFinder()
+    found = places.find(with_redirects(meant))
+    desired = with_redirects(meant, found)
+    target = expand(desired, home, found)
     return Wanted(desired, target, loaded.warnings, table_of(desired, home, places))
 
 

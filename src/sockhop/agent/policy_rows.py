@@ -55,7 +55,7 @@ def list_policies(pins: Path, api: Path) -> list[PolicyRow]:
 
 def _wanted(state: PolicyState, found: InstalledPolicy | None) -> PolicyRow:
     redirect = state.action == "redirect"
-    there = found is not None or (redirect and not state.refused)
+    there = found is not None or (redirect and not state.refused and not state.missing)
     return PolicyRow(
         state.name,
         state.action,

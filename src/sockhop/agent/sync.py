@@ -105,11 +105,9 @@ class Synchronizer:
     def _apply(self, loaded: Loaded) -> Plan:
         state, installer = self._state, self._installer
         meant = enforceable(loaded.desired)
-        desired = with_redirects(meant)
-        wanted = _Applied(
-            {service.name: service for service in desired.services},
-            self.places.find(desired),
-        )
+        places = self.places.find(with_redirects(meant))
+        desired = with_redirects(meant, places)
+        wanted = _Applied({service.name: service for service in desired.services}, places)
         # Until this has gone well, the next plan has to look at all that is installed.
         applied, self._applied = self._applied, None
         plan = self._plan(applied, wanted)

@@ -125,8 +125,12 @@ def expand(desired: Desired, home: int, places: Mapping[str, int] = _NOWHERE) ->
     return Target(entries, members)
 
 
-def with_redirects(desired: Desired) -> Desired:
-    """Return *desired* with a service in the place of each redirect that is not refused."""
+def with_redirects(desired: Desired, places: Mapping[str, int] | None = None) -> Desired:
+    """Return *desired* with a service in the place of each redirect that is not refused.
+
+    With *places*, see expand(), only of those whose exempt cgroups are there: where nobody runs yet
+    there is nowhere to redirect to, and whoever begins to run must be exempt at once.
+    """
     services = tuple(
         Service(
             f"{redirect.name}{_REDIRECT}",
@@ -135,6 +139,7 @@ def with_redirects(desired: Desired) -> Desired:
         )
         for redirect in desired.redirects
         if not redirect.refused
+        and (places is None or all(path in places for path in redirect.exempt))
     )
     return Desired((*desired.services, *services), desired.policies)
 

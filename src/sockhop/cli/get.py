@@ -53,7 +53,7 @@ _COLUMNS = {
         Column("CLIENTS", "clients"),
         Column("TARGETS", "targets"),
         Column("DENIED", "denied"),
-        Column("NOT ENFORCED BECAUSE", "reasons"),
+        Column("REMARKS", "reasons"),
         Column("LIMITS", "limits", wide=True),
         Column("ID", "id", wide=True),
     ),
