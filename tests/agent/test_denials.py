@@ -117,19 +117,23 @@ def test_what_is_forbidden_ends_at_once_unless_its_service_wants_something_else(
 
 def test_what_is_forbidden_can_drain(stage: Stage, server: HoldingServer) -> None:
     """What still speaks with its peer is left; so is what is not forbidden any more."""
-    stage.rules["web"] = (denied(IntentKind.DRAIN, after=0.6, deadline=3.0),)
+    stage.rules["web"] = (denied(IntentKind.DRAIN, after=0.6),)
     (client,) = dial(VIP)
     with client:
         stage.deny([client])
-        stage.run_until(2.5)  # looked at once
+        stage.run_until(2.2)  # looked at once
         assert is_open(client)
         stage.denials.update([], 8)
-        stage.run_until(1)
+        stage.rules["web"] = (denied(IntentKind.DRAIN, after=0.6, deadline=0.8),)
+        stage.deny([client])
+        stage.run_until(0.5)
+        stage.denials.update([], 8)
+        stage.run_until(0.5)
         assert is_open(client)
         stage.deny([client])
-        stage.run_until(2)
+        stage.run_until(0.5)
         stage.deny([client])  # found again: its time goes on
-        stage.run_until(1.2)
+        stage.run_until(0.5)
         ended(client)
 
 

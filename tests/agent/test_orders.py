@@ -130,10 +130,11 @@ def test_orders_of_other_maps_and_damaged_ones_mean_nothing(
             path.write_text(text)
             assert orders(node, tmp_path) == 0
             assert read_rules(path, node.sandbox.pins) == {}
-            with opened(node, tmp_path) as second:
-                second.begin()
-                second.run()
-            assert is_open(client)
+        path.write_text(old)
+        with opened(node, tmp_path) as second:
+            second.begin()
+            second.run()
+        assert is_open(client)
 
 
 def test_a_file_that_cannot_be_written_keeps_nobody_from_working(
