@@ -66,6 +66,8 @@ def test_live_sockets_end_when_a_policy_forbids_them(sandbox: Sandbox) -> None:
         ended = {each["cookie"]: each for each in events(sandbox) if each["kind"] == "severed"}
         assert set(ended) == set(numbers)
         assert ended[numbers[0]]["reason"] == "policy no denies it"
+        told = sandbox.sockhop("explain", str(numbers[0]), check=False).stdout
+        assert "policy no denies it" in told
 
 
 def test_that_takes_less_than_a_second(sandbox: Sandbox) -> None:

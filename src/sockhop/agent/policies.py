@@ -28,6 +28,7 @@ class PolicyKeeper:
         self.top = top
         self._maps = maps
         self._sound = False
+        self._inputs: object = None
         self._installer = PolicyInstaller(maps)
         self._policies: dict[str, Policy] = {}
         self.table = PolicyTable({}, (), ())
@@ -39,13 +40,17 @@ class PolicyKeeper:
         *home*: the netns cookie of the host; *places* has looked for those that they name.
         SockhopError where the maps do not take them: then those of before stay in force.
         """
+        inputs = desired.policies, home, places.found, places.cgroups()
+        if inputs == self._inputs:
+            return False
+        self._inputs = None
         table = table_of(desired, home, places)
         if not self._sound and any(True for _ in check_policies(table, self._maps)):
             # A dead agent has left it so, or something has damaged it, whatever its checksum says.
             self._installer.distrust()
         changed = self._installer.apply(table, desired.policies)
         before, self._policies = self._policies, {each.name: each for each in desired.policies}
-        self.table, self._sound = table, True
+        self.table, self._sound, self._inputs = table, True, inputs
         for line in _changes(before, self._policies):
             _LOG.info("%s", line)
         return changed
