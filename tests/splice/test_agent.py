@@ -226,13 +226,13 @@ def test_auto_gives_up_where_it_does_not_help(inside: Inside) -> None:
     manifest = sandbox.manifest(web(server, splice="auto"))
     with sandbox.agent(manifest) as agent, SpliceMaps(sandbox.pins) as maps:
         number = next(number for number, policy in maps.services.items() if policy.service)
-        for _ in range(100):
+        for _ in range(200):
             with dialled(FRONTEND, server) as (client, there):
-                for _ in range(20):
+                for _ in range(10):
                     is_spliced(client, there)
         measured = maps.counters.get(number)
-        # Both kinds are timed, some hundred times and more.
-        assert measured.answers > 10 * measured.control_answers > 0
+        # Both kinds are timed: one connection of 16 is left on the stack, drawn by lot.
+        assert measured.answers > 3 * measured.control_answers > 0
         assert 0 < measured.answer_time / measured.answers < 1e9
         assert 0 < measured.control_time / measured.control_answers < 1e9
         enough = measured._replace(
