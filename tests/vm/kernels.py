@@ -102,8 +102,11 @@ def fetch(series: str) -> Kernel:
             subprocess.run(["dpkg", "-x", archive, target], check=True, timeout=300)
             archive.unlink()
         (target / "complete").touch()
-    (image,) = target.glob("boot/vmlinuz-*")
+    # Since 7.x the image lies among the modules.
+    (image,) = (*target.glob("boot/vmlinuz-*"), *target.glob("**/lib/modules/*/vmlinuz"))
     release = image.name.removeprefix("vmlinuz-")
+    if release == image.name:
+        release = image.parent.name
     return Kernel(release, image, tuple(_modules(target, release)))
 
 
