@@ -9,9 +9,8 @@ enum audit_flag {
 	AUDIT_PSOCK = 1, /* a sockmap or sockhash has it */
 	AUDIT_HANDLERS = 2, /* and its handlers (sk_prot) are those of the psock */
 	AUDIT_PARSER = 4, /* a program sees what it sends (sk_msg) */
-	AUDIT_VERDICT = 8, /* a program sees what it receives (sk_skb) */
-	AUDIT_MORE = 16, /* `spliced` is not all that is queued */
-	AUDIT_IPV6ONLY = 32, /* IPV6_V6ONLY: not for IPv4 */
+	AUDIT_MORE = 8, /* `spliced` is not all that is queued */
+	AUDIT_IPV6ONLY = 16, /* IPV6_V6ONLY: not for IPv4 */
 };
 
 /* What is zero for sockets that are not TCP begins with `acknowledged`. */

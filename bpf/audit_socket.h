@@ -48,8 +48,6 @@ static __always_inline void fill_psock(struct audit_socket *out, struct sock *sk
 		out->flags |= AUDIT_HANDLERS;
 	if (BPF_CORE_READ(psock, progs.msg_parser))
 		out->flags |= AUDIT_PARSER;
-	if (BPF_CORE_READ(psock, progs.stream_verdict))
-		out->flags |= AUDIT_VERDICT;
 	count_spliced(out, psock);
 }
 

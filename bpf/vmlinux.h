@@ -287,7 +287,6 @@ struct bpf_prog;
 
 struct sk_psock_progs {
 	struct bpf_prog *msg_parser;
-	struct bpf_prog *stream_verdict;
 };
 
 struct sk_buff_head {

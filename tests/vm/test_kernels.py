@@ -40,6 +40,10 @@ CAPABILITIES = {
     ],
     "sever, by iterator": ["tests/datapath/test_ending.py", "-k iterator"],
     "sever, by netlink": ["tests/datapath/test_ending.py", "-k netlink"],
+    "audit and heal": [
+        "tests/diagnose/test_audit.py::test_live_entries_and_stale_ones",
+        "tests/diagnose/test_heal.py::test_the_incident_is_found_and_cured",
+    ],
 }
 
 # What a kernel may lack, as `sockhop features` there names it; without it that is not to work.

@@ -27,9 +27,8 @@ class AuditFlag(IntFlag):
     PSOCK = 1
     HANDLERS = 2
     PARSER = 4
-    VERDICT = 8
-    MORE = 16
-    IPV6ONLY = 32
+    MORE = 8
+    IPV6ONLY = 16
 
 
 class Handler(StrEnum):
