@@ -19,6 +19,7 @@ from sockhop.diagnose.dial import Attempt, Result, dialled
 from sockhop.diagnose.pairs import HalfSpliced, examine, match_pairs, unread_from_stack
 from sockhop.diagnose.records import AuditFlag
 from sockhop.diagnose.visit import End, Visitor, open_sockmaps
+from sockhop.errors import SystemLackError
 from sockhop.kernel.namespaces import Namespace, NamespaceGone, Namespaces, entered
 from sockhop.kernel.procfs import find_holders
 from sockhop.kernel.routes import Routes
@@ -135,6 +136,11 @@ class _Doctor:
         self._count = count
         self._timeout = timeout
         self._places = Namespaces().all()
+        if not self._places:
+            raise SystemLackError(
+                "no network namespace can be told from another here",
+                hint="this needs Linux 5.14 (SO_NETNS_COOKIE), and root",
+            )
 
     def visit(self, origin: Origin, target: Target) -> tuple[Dialling, list[_Found]]:
         found: list[_Found] = []
