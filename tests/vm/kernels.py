@@ -16,13 +16,7 @@ __all__ = ["SUITES", "Kernel", "cache_directory", "fetch", "newest_of"]
 
 _META = "linux-image-cloud-amd64"
 _KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
-SUITES = {
-    "bullseye-security": "http://deb.debian.org/debian-security",
-    "bookworm": "http://deb.debian.org/debian",
-    "bookworm-backports": "http://deb.debian.org/debian",
-    "trixie-backports": "http://deb.debian.org/debian",
-    "sid": "http://deb.debian.org/debian",
-}
+SUITES = ("bullseye-security", "bookworm", "bookworm-backports", "trixie-backports", "sid")
 # What the tests need and a cloud kernel has as a module.
 _MODULES = ("inet_diag", "tcp_diag", "udp_diag", "raw_diag", "veth", "dummy", "nf_tables")
 
@@ -41,6 +35,17 @@ def cache_directory() -> Path:
     return Path(os.environ.get("SOCKHOP_VM_CACHE") or Path(home) / "sockhop-vm")
 
 
+def _archive_of(suite: str) -> str:
+    """Return where the system's own apt gets such suites from."""
+    command = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"]
+    listed = subprocess.run(command, check=True, timeout=60, capture_output=True, text=True).stdout
+    wanted = "debian-security" if suite.endswith("-security") else "debian"
+    for address in listed.split():
+        if address.rstrip("/").endswith(f"/{wanted}"):
+            return address
+    raise LookupError(f"apt knows no archive {wanted}: {sorted(set(listed.split()))}")
+
+
 @cache
 def _apt_options() -> tuple[str, ...]:
     """Return the options of a private apt, whose lists are up to date."""
@@ -48,7 +53,7 @@ def _apt_options() -> tuple[str, ...]:
     for name in ("lists/partial", "archives/partial"):
         (base / name).mkdir(parents=True, exist_ok=True)
     sources = base / "sources.list"
-    lines = [f"deb [signed-by={_KEYRING}] {host} {suite} main" for suite, host in SUITES.items()]
+    lines = [f"deb [signed-by={_KEYRING}] {_archive_of(suite)} {suite} main" for suite in SUITES]
     sources.write_text("\n".join(lines) + "\n")
     options = (
         f"-oDir::Etc::sourcelist={sources}",
