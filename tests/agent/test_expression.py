@@ -139,7 +139,8 @@ HOST_TESTS = st.builds(
     st.sampled_from(["src", "dst"]),
     st.sampled_from(["", "= "]),
     st.sampled_from(
-        [*HOSTS, "127.0.0.0/8", "10.96.1.4/30", "0.0.0.0/0", "*"],
+        # Not 0.0.0.0/0: ss takes that for every address, and then looks at IPv4 sockets only.
+        [*HOSTS, "127.0.0.0/8", "10.96.1.4/30", "*"],
     ),
     st.sampled_from(["", *(f":{port}" for port in PORTS)]),
 )
