@@ -5,7 +5,6 @@ It is an initramfs: archives in the `newc` format of cpio, one after the other
 """
 
 import importlib.metadata
-import lzma
 import os
 import re
 import shutil
@@ -16,7 +15,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tests.vm.kernels import Kernel
+from tests.vm.kernels import Kernel, unpacked
 
 __all__ = ["build_image"]
 
@@ -102,18 +101,13 @@ def build_image(path: Path, kernel: Kernel, arguments: str) -> None:
         archive.add_path(file)
     for number, module in enumerate(kernel.modules):
         name = module.name.split(".")[0]
-        archive.add(f"modules/{number:02}-{name}.ko", _unpacked(module), stat.S_IFREG | 0o644)
+        archive.add(f"modules/{number:02}-{name}.ko", unpacked(module), stat.S_IFREG | 0o644)
     archive.add("etc/passwd", b"root:x:0:0::/root:/bin/sh\n", stat.S_IFREG | 0o644)
     script = _INIT.format(
         path=Path(sys.executable).parent, repo=_REPO, python=sys.executable, arguments=arguments
     )
     archive.add("init", script.encode(), stat.S_IFREG | 0o755)
     archive.write(path)
-
-
-def _unpacked(path: Path) -> bytes:
-    data = path.read_bytes()
-    return lzma.decompress(data) if path.suffix == ".xz" else data
 
 
 def _files() -> Iterator[Path]:

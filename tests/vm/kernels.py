@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["SUITES", "Kernel", "cache_directory", "fetch", "newest_of"]
+__all__ = ["SUITES", "Kernel", "cache_directory", "fetch", "newest_of", "unpacked"]
 
 _META = "linux-image-cloud-amd64"
 _KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
@@ -123,7 +123,7 @@ def _modules(target: Path, release: str) -> Iterator[Path]:
     pending = [name for name in reversed(_MODULES) if name in files]
     while pending:
         name = pending[-1]
-        data = _unpacked(files[name])
+        data = unpacked(files[name])
         needs = re.search(rb"\0depends=([^\0]*)\0", data)
         wanted = needs[1].decode().replace("-", "_").split(",") if needs else []
         missing = [need for need in wanted if need in files and need not in seen]
@@ -136,6 +136,7 @@ def _modules(target: Path, release: str) -> Iterator[Path]:
             yield files[name]
 
 
-def _unpacked(path: Path) -> bytes:
+def unpacked(path: Path) -> bytes:
+    """Return a module as the kernel takes it, compressed in its package or not."""
     data = path.read_bytes()
     return lzma.decompress(data) if path.suffix == ".xz" else data
