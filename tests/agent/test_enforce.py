@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from sockhop.kernel.cgroups import cgroup_root
+from sockhop.kernel.netns import entered
 from tests.agent.test_forbidden import connection, cookie
 from tests.agent.test_policies import deny, manifest, objects
 from tests.datapath.rules import joined, text, verdict
@@ -70,22 +71,32 @@ def test_live_sockets_end_when_a_policy_forbids_them(sandbox: Sandbox) -> None:
         assert "policy no denies it" in told
 
 
+ROUNDS = 5
+
+
 def test_that_takes_less_than_a_second(sandbox: Sandbox) -> None:
-    """The best of a few: other tests may keep the machine busy."""
+    """From the new manifest to the end of the last socket, here and in another namespace."""
     path = sandbox.manifest(manifest())
     took = []
-    with sandbox.agent(path), ServerThread("s", "127.0.9.1", udp=True):
-        for _ in range(5):
-            with connected_udp("127.0.9.1") as client:
+    with sandbox.agent(path), Sandbox() as other, contextlib.ExitStack() as servers:
+        for place in (sandbox, other):
+            with entered(place.netns):
+                servers.enter_context(ServerThread("s", "127.0.9.1", udp=True))
+        for _ in range(ROUNDS):
+            with contextlib.ExitStack() as stack, joined(text(sandbox.cgroup)):
+                clients = []
+                for place in (sandbox, other):
+                    with entered(place.netns):
+                        clients.append(stack.enter_context(connected_udp("127.0.9.1")))
                 began = time.monotonic()
                 publish(path, manifest(deny("127.0.9.0/24")))
-                wait_until(lambda c=client: error_of(c), "an ended socket")  # type: ignore[misc]
+                for client in clients:
+                    wait_until(lambda c=client: error_of(c), "an ended socket")  # type: ignore[misc]
                 took.append(time.monotonic() - began)
-            if took[-1] < 1:
-                return
-            publish(path, manifest())
-            wait_until(lambda: not verdict("127.0.9.1"), "no policy")
-    pytest.fail(f"it took {took} s")
+                publish(path, manifest())
+                wait_until(lambda: not verdict("127.0.9.1"), "no policy")
+    print("milliseconds:", *(round(seconds * 1e3) for seconds in took))
+    assert max(took) < 1, took
 
 
 def test_who_was_denied_when_the_agent_was_away(sandbox: Sandbox) -> None:

@@ -285,6 +285,7 @@ def opened_terminator(
         Listing(pins) as listing,
         Looker(listing, policies.top) as looker,
     ):
+        engine.prepare()
         orders = Orders(orders_path(api), pins)
         recorder = Recorder(EventLog(events_path(api)), lambda: read_services(maps))
 

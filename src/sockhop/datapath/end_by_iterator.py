@@ -36,7 +36,7 @@ class IteratorMethod:
     protocols = frozenset(_PROGRAMS)
 
     def __init__(self, pins: Path, *, path: Path | None = None) -> None:
-        """*path*: another object file, for tests. It is loaded when it is needed first."""
+        """*path*: another object file, for tests. It is loaded by prepare(), or when needed."""
         self._pins = pins
         self._path = path or object_path("sever")
         self._stack = ExitStack()
@@ -47,37 +47,8 @@ class IteratorMethod:
         self._stack.close()
         self._links = {}
 
-    def end_pairs(
-        self, pairs: Set[Pair], known: Mapping[int, BackendRecord], places: Iterable[Namespace]
-    ) -> list[Outcome]:
-        """End the sockets that are with one of *pairs*, in *places*: one pass.
-
-        *known*: their backends by id, those that are still in the maps.
-        """
-        self._load()
-        protocols = set(_PROGRAMS)
-        if all(pair.backend in known for pair in pairs):
-            protocols = {record.protocol for record in known.values()}
-        outcomes: list[Outcome] = []
-        with held(self._pairs, pairs):
-            for place in places:
-                with suppress(NamespaceGone), entered(place):
-                    for protocol in protocols:
-                        outcomes += self._end(protocol)
-        return outcomes
-
-    def end_sockets(self, sockets: Sequence[Socket], place: Namespace) -> list[Outcome]:
-        """End these sockets of a namespace; one outcome for each. NamespaceGone where it is."""
-        self._load()
-        with entered(place), self._naming(sockets):
-            ended = {
-                each.socket.cookie: each
-                for protocol in {each.protocol for each in sockets}
-                for each in self._end(protocol)
-            }
-        return [ended.get(each.cookie, Outcome(each, Action.GONE)) for each in sockets]
-
-    def _load(self) -> None:
+    def prepare(self) -> None:
+        """Load the programs, so that the first socket to end need not wait for that."""
         if self._links:
             return
         if not has_sock_destroy():  # the programs would find it missing and do nothing
@@ -101,6 +72,36 @@ class IteratorMethod:
                 stack.callback(os.close, links[protocol])
             self._links = links
             self._stack = stack.pop_all()
+
+    def end_pairs(
+        self, pairs: Set[Pair], known: Mapping[int, BackendRecord], places: Iterable[Namespace]
+    ) -> list[Outcome]:
+        """End the sockets that are with one of *pairs*, in *places*: one pass.
+
+        *known*: their backends by id, those that are still in the maps.
+        """
+        self.prepare()
+        protocols = set(_PROGRAMS)
+        if all(pair.backend in known for pair in pairs):
+            protocols = {record.protocol for record in known.values()}
+        outcomes: list[Outcome] = []
+        with held(self._pairs, pairs):
+            for place in places:
+                with suppress(NamespaceGone), entered(place):
+                    for protocol in protocols:
+                        outcomes += self._end(protocol)
+        return outcomes
+
+    def end_sockets(self, sockets: Sequence[Socket], place: Namespace) -> list[Outcome]:
+        """End these sockets of a namespace; one outcome for each. NamespaceGone where it is."""
+        self.prepare()
+        with entered(place), self._naming(sockets):
+            ended = {
+                each.socket.cookie: each
+                for protocol in {each.protocol for each in sockets}
+                for each in self._end(protocol)
+            }
+        return [ended.get(each.cookie, Outcome(each, Action.GONE)) for each in sockets]
 
     @contextmanager
     def _naming(self, sockets: Sequence[Socket]) -> Iterator[None]:

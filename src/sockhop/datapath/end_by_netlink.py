@@ -39,6 +39,11 @@ class NetlinkMethod:
             self._sockets.close()
             self._sockets = None
 
+    def prepare(self) -> None:
+        """Load what end_pairs() needs, so that the first socket to end need not wait for that."""
+        if self._sockets is None:
+            self._sockets = Sockets(self._pins)
+
     def end_pairs(
         self, pairs: Set[Pair], known: Mapping[int, BackendRecord], places: Iterable[Namespace]
     ) -> list[Outcome]:
@@ -46,8 +51,8 @@ class NetlinkMethod:
 
         *known*: their backends by id, those that are still in the maps.
         """
-        if self._sockets is None:
-            self._sockets = Sockets(self._pins)
+        self.prepare()
+        assert self._sockets
         meant = self._sockets.of_pairs(pairs)
         with SocketMemory(self._pins) as memory:
             by_cookie = memory.provenances_by_cookie()

@@ -41,6 +41,7 @@ class Method(Protocol):
         self, pairs: Set[Pair], known: Mapping[int, BackendRecord], places: Iterable[Namespace]
     ) -> list[Outcome]: ...
     def end_sockets(self, sockets: Sequence[Socket], place: Namespace) -> list[Outcome]: ...
+    def prepare(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -71,6 +72,11 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def prepare(self) -> None:
+        """Load what ends sockets now, so that the first one to end need not wait for it."""
+        with suppress(SystemLackError):  # it is tried again, and counted, when it is needed
+            self._methods[0].prepare()
 
     def sever_pairs(
         self, pairs: Set[tuple[int, int]], *, namespaces: Iterable[int] | None = None

@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from enum import IntEnum, IntFlag
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,6 +135,7 @@ class PolicyMaps:
         return self._stack.enter_context(Map(fd, key, value))
 
 
+@cache
 def can_tell_cgroups() -> bool:
     """Whether the hooks can tell in which cgroup a socket was made.
 

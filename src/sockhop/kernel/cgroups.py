@@ -60,7 +60,7 @@ class AttachType(IntEnum):
 
 def cgroup_root() -> Path:
     """Return where the cgroup2 hierarchy is mounted; SystemLackError where it is not."""
-    found = [mount.point for mount in mounts() if mount.type == "cgroup2"]
+    found = [mount.point for mount in mounts(of_type="cgroup2")]
     if not found:
         raise SystemLackError(
             "no cgroup2 hierarchy is mounted",

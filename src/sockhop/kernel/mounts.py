@@ -17,9 +17,14 @@ class Mount(NamedTuple):
     type: str
 
 
-def mounts(mountinfo: Path | None = None) -> list[Mount]:
-    """Return all mounts of a mount namespace, this process's by default, in mount order."""
-    return [_parse(line) for line in (mountinfo or _MOUNTINFO).read_text().splitlines()]
+def mounts(mountinfo: Path | None = None, *, of_type: str = "") -> list[Mount]:
+    """Return all mounts of a mount namespace, this process's by default, in mount order.
+
+    *of_type*: only those of this type of filesystem.
+    """
+    lines = (mountinfo or _MOUNTINFO).read_text().splitlines()
+    # No other field holds a space.
+    return [_parse(line) for line in lines if not of_type or f" - {of_type} " in line]
 
 
 def filesystem_type(path: Path) -> str:
@@ -38,4 +43,6 @@ def _parse(line: str) -> Mount:
 
 def _unescape(field: str) -> str:
     # The kernel writes space, tab, newline and backslash in octal.
+    if "\\" not in field:
+        return field
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)

@@ -1,7 +1,8 @@
 """Every network namespace of the node, and the way into it (network_namespaces(7), nsfs)."""
 
+import os
 import socket
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from sockhop.kernel.syscall import KernelError
 
 __all__ = ["Namespace", "NamespaceGone", "Namespaces", "entered", "mounted_names", "namespace_of"]
 
-_PROC = Path("/proc")
+_PROC = "/proc"
 _NAMED = Path("/run/netns")
 
 
@@ -94,11 +95,12 @@ class Namespaces:
             if enough():
                 return
 
-    def _note(self, path: Path) -> None:
+    def _note(self, place: str) -> None:
         with suppress(OSError, InputError):  # what held it is gone, or it is of another kind
-            inode = netns.inode(path)
+            inode = os.stat(place).st_ino  # noqa: PTH116 (see below)
             if inode in self._known:
                 return
+            path = Path(place)
             try:
                 with netns.entered(path):
                     self._known[inode] = Namespace(inode, netns.current_cookie(), path)
@@ -112,7 +114,7 @@ def mounted_names() -> dict[int, str]:
     That of `ip netns`, else the path in the mount namespace where it is mounted.
     """
     found: dict[int, str] = {}
-    for path in _mounted():
+    for path in map(Path, _mounted()):
         with suppress(OSError):
             point = Path("/", *path.parts[4:])  # behind /proc/PID/root
             name = point.name if point.parent == _NAMED else str(point)
@@ -127,38 +129,44 @@ def _is_there(namespace: Namespace) -> bool:
         return False
 
 
-def _processes() -> list[Path]:
-    return [path for path in _PROC.iterdir() if path.name.isdecimal()]
+# Text, not Path: the places are thousands, and a policy in force waits for them.
 
 
-def _of_threads() -> Iterator[Path]:
-    for process in _processes():
-        yield process / "ns/net"  # most have one thread, or all in one namespace
-    for process in _processes():
+def _processes() -> list[str]:
+    return [f"{_PROC}/{name}" for name in os.listdir(_PROC) if name.isdecimal()]
+
+
+def _of_threads() -> Iterator[str]:
+    processes = _processes()
+    for process in processes:
+        yield f"{process}/ns/net"  # most have one thread, or all in one namespace
+    for process in processes:
         with suppress(OSError):
-            others = [task for task in (process / "task").iterdir() if task.name != process.name]
-            yield from (task / "ns/net" for task in others)
+            tasks = os.listdir(f"{process}/task")
+            if len(tasks) > 1:
+                yield from (f"{process}/task/{task}/ns/net" for task in tasks)
 
 
-def _mounted() -> Iterator[Path]:
+def _mounted() -> Iterator[str]:
     seen = set()
     for process in _processes():
         with suppress(OSError):
-            mount_namespace = (process / "ns/mnt").stat().st_ino
+            mount_namespace = os.stat(f"{process}/ns/mnt").st_ino  # noqa: PTH116
             if mount_namespace in seen:
                 continue
             seen.add(mount_namespace)
-            for mount in mounts(process / "mountinfo"):
-                if mount.type == "nsfs" and mount.root.startswith("net:"):
-                    yield process / "root" / mount.point.relative_to("/")
+            for mount in mounts(Path(process, "mountinfo"), of_type="nsfs"):
+                if mount.root.startswith("net:"):
+                    yield f"{process}/root{mount.point}"
 
 
-def _held() -> Iterable[Path]:
+def _held() -> Iterator[str]:
     for process in _processes():
         with suppress(OSError):
-            for entry in (process / "fd").iterdir():
+            for number in os.listdir(f"{process}/fd"):
+                entry = f"{process}/fd/{number}"
                 with suppress(OSError):
                     # "/" where it was opened at a mount that is gone. Others are not looked
                     # at: stat() of a file may wait for a server.
-                    if (target := str(entry.readlink())) == "/" or target.startswith("net:["):
+                    if (target := os.readlink(entry)) == "/" or target.startswith("net:["):
                         yield entry
