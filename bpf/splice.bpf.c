@@ -18,7 +18,6 @@
 #define SEND_SHUTDOWN 2
 #define CONTROL_SHARE 16
 #define COUNT_EVERY (1 << 20) /* bytes; else every second by the agent, and at the end */
-#define BULK (1 << 20) /* bytes by the stack after which the other way follows */
 
 static __always_inline void note(__u32 service, enum splice_reason reason)
 {
@@ -127,6 +126,7 @@ static __always_inline bool take_in(struct bpf_sock_ops *ctx, struct tcp_sock *t
 	lane->sequence = ctx->snd_nxt;
 	lane->service = policy->service;
 	lane->budget = policy->budget;
+	lane->leave_after = policy->leave_after;
 	if (!reason && bpf_sock_hash_update(ctx, &splice_sockets, &cookie, BPF_NOEXIST))
 		reason = SPLICE_FULL;
 	if (reason) {
@@ -165,6 +165,7 @@ static __always_inline void connected(struct bpf_sock_ops *ctx, struct bpf_sock 
 	}
 	pair.service = policy.service;
 	pair.budget = policy.budget;
+	pair.leave_after = policy.leave_after;
 	pair.mode = policy.mode;
 	if (is_a) {
 		pair.a.cookie = bpf_get_socket_cookie(ctx);
@@ -201,6 +202,7 @@ static __always_inline void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *
 		return;
 	policy.service = pair->service;
 	policy.budget = pair->budget;
+	policy.leave_after = pair->leave_after;
 	tp = bpf_skc_to_tcp_sock(sk);
 	lane = bpf_sk_storage_get(&splice_lanes, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!tp || !lane) {
@@ -417,7 +419,7 @@ static __always_inline int by_stack(struct splice_lane *lane, struct splice_pair
 	if (!pair)
 		return SK_PASS;
 	/* A stream gains nothing from the other way; without it the pair can leave the sockhash. */
-	if (lane->stacked > BULK &&
+	if (lane->stacked > lane->leave_after &&
 	    (lane->reason == SPLICE_BUDGET || lane->reason == SPLICE_BACKLOG))
 		pair->leaves = LEAVES_SOCKHASH;
 	if (pair->leaves == LEAVES_AS_CONTROL)

@@ -15,10 +15,13 @@ enum splice_mode {
 	SPLICE_AUTO, /* one pair of CONTROL_SHARE stays on the stack, to compare with */
 };
 
-/* What an end is opted in by. `budget`: bytes that may go one way without an answer. */
+/* What an end is opted in by. `budget`: bytes that may go one way without an answer. `leave_after`:
+ * bytes of a stream by the stack after which the pair leaves the sockhash.
+ */
 struct splice_policy {
 	__u32 service; /* 0: not by a service */
 	__u32 budget;
+	__u32 leave_after;
 	__u32 mode;
 	__u32 dialled; /* of a place: dialling it opts the client in, too */
 };
@@ -114,8 +117,10 @@ struct splice_pair {
 	__u64 asked; /* CLOCK_MONOTONIC, ns: the client's message that has no answer yet; else 0 */
 	__u32 service;
 	__u32 budget;
+	__u32 leave_after;
 	__u32 leaves;
 	__u32 mode;
+	__u8 pad[4];
 };
 
 /* The way out of a socket. In sk_storage: it goes with the socket. */
@@ -132,11 +137,11 @@ struct splice_lane {
 	__u32 sequence; /* write_seq as long as nothing has gone by the stack */
 	__u32 service;
 	__u32 budget;
+	__u32 leave_after;
 	__u8 is_a;
 	__u8 is_client;
 	__u8 mode;
 	__u8 reason;
-	__u8 pad[4];
 };
 
 struct splice_counters {

@@ -32,6 +32,7 @@ __all__ = [
     "Rule",
     "Service",
     "Splice",
+    "SpliceLimits",
     "Trigger",
     "endpoint",
     "intent_for",
@@ -209,6 +210,19 @@ class Splice(StrEnum):
     AUTO = "auto"
 
 
+class SpliceLimits(msgspec.Struct, frozen=True):
+    """When what is spliced goes back to the stack, in bytes.
+
+    `budget`: that may go one way without an answer. So that messages of 64 KiB there and back, some
+    of them at once, stay spliced. What is unread is limited apart from that, by half of the
+    receive buffer (64 KiB by default).
+    `leave_after`: that a stream has sent by the stack when it takes the other direction with it.
+    """
+
+    budget: int = 256 << 10
+    leave_after: int = 1 << 20
+
+
 class Service(msgspec.Struct, frozen=True):
     """A name, its frontends and how a backend is chosen for a client.
 
@@ -218,6 +232,7 @@ class Service(msgspec.Struct, frozen=True):
     `clients`: None is the same as a :class:`Clients` that says nothing.
     `intents`: what it says for :func:`intent_for`, each protocol and trigger at most once.
     `splice`: None is off unless the client's namespace or cgroup is opted in; OFF is always off.
+    `splice_limits` are for what is spliced by it.
     """
 
     name: str
@@ -229,6 +244,7 @@ class Service(msgspec.Struct, frozen=True):
     clients: Clients | None = None
     intents: tuple[IntentRule, ...] = ()
     splice: Splice | None = None
+    splice_limits: SpliceLimits = SpliceLimits()
 
 
 class PolicyAction(StrEnum):

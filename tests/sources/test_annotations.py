@@ -6,11 +6,22 @@ from typing import Any
 import pytest
 import yaml
 
-from sockhop.model import Algorithm, Intent, IntentKind, IntentRule, Protocol, Trigger
+from sockhop.model import (
+    Algorithm,
+    Intent,
+    IntentKind,
+    IntentRule,
+    Protocol,
+    Splice,
+    SpliceLimits,
+    Trigger,
+)
 from tests.sources.manifests import refusal, service
 from tests.sources.test_kubernetes import load_objects, with_metadata
 
 pytestmark = pytest.mark.unit
+
+SPLICE = "one of 'off', 'on', 'auto', or YAML such as '{mode: auto, budget: 64KiB}'"
 
 
 def annotated(**annotations: Any) -> dict[str, Any]:
@@ -37,6 +48,17 @@ def test_intents(tmp_path: Path) -> None:
         IntentRule(Protocol.UDP, Trigger.DENIED, Intent(IntentKind.LEAVE)),
     }
     assert warnings == []
+
+
+def test_splice(tmp_path: Path) -> None:
+    for value, mode, limits in (
+        ("auto", Splice.AUTO, SpliceLimits()),
+        ("{mode: on, budget: 32KiB}", Splice.ON, SpliceLimits(32768)),
+        ("mode: auto\nleaveAfter: 4MiB\n", Splice.AUTO, SpliceLimits(leave_after=4 << 20)),
+        (None, None, SpliceLimits()),
+    ):
+        (found,), warnings = load_objects(tmp_path, annotated(splice=value))
+        assert (found.splice, found.splice_limits, warnings) == (mode, limits, [])
 
 
 def test_annotations_that_sockhop_does_not_know_are_said(tmp_path: Path) -> None:
@@ -91,6 +113,21 @@ def test_annotations_that_sockhop_does_not_know_are_said(tmp_path: Path) -> None
             {"sockhop.io/intent-udp": {"removed": "leave"}},
             "annotations['sockhop.io/intent-udp']: found a mapping, expected a string with "
             "YAML such as 'removed: {drain: 30s}'",
+        ),
+        (
+            {"sockhop.io/splice": "atuo"},
+            f"annotations['sockhop.io/splice']: found 'atuo', expected {SPLICE}"
+            "\n  did you mean 'auto'?",
+        ),
+        (
+            {"sockhop.io/splice": True},
+            f"annotations['sockhop.io/splice']: found true, expected {SPLICE}"
+            '\n  quote it: "true"',
+        ),
+        (
+            {"sockhop.io/splice": "{mode: on, budget: 64K}"},
+            "annotations['sockhop.io/splice']: found '64K' at budget, "
+            'expected a size from "1KiB" to "99MiB", such as "256KiB"',
         ),
         ({1: "x"}, "annotations: found the key 1, expected a string\n  keys too need quotes"),
         (["x"], "annotations: found a list of 1, expected a mapping"),

@@ -18,6 +18,7 @@ from sockhop.model import (
     Protocol,
     Service,
     Splice,
+    SpliceLimits,
     Trigger,
     intent_for,
 )
@@ -40,6 +41,8 @@ services:
     splice: auto                       # off unless asked for
     health: {http: {path: /health}, interval: 5s, rise: 2, fall: 3}
 """
+
+SPLICE = "one of auto, on, off, {mode: MODE, budget: SIZE, leaveAfter: SIZE}"
 
 
 def one(tmp_path: Path, **fields: Any) -> Service:
@@ -327,8 +330,14 @@ DURATION = 'a duration such as "500ms", "30s", "5m", "3h" or "1d"'
             {"intent": {"sctp": {}}},
             "intent.sctp: found unknown key 'sctp', expected one of tcp, udp",
         ),
-        ({"splice": "yes"}, "splice: found 'yes', expected one of auto, on, off"),
-        ({"splice": 1}, "splice: found 1, expected one of auto, on, off"),
+        ({"splice": "yes"}, f"splice: found 'yes', expected {SPLICE}"),
+        ({"splice": 1}, f"splice: found 1, expected {SPLICE}"),
+        ({"splice": {}}, "splice.mode: found nothing, expected one of auto, on, off"),
+        (
+            {"splice": {"mode": "on", "budget": "1GiB"}},
+            "splice.budget: found '1GiB', "
+            'expected a size from "1KiB" to "99MiB", such as "256KiB"',
+        ),
         ({"health": {}}, "health.http: found nothing, expected a mapping"),
         (
             {"health": {"http": {"path": "health"}}},
@@ -392,6 +401,13 @@ def test_splice_takes_yaml_booleans(tmp_path: Path) -> None:
         loaded = load_text(tmp_path, text)
         assert loaded.desired.services[0].splice == value.strip("'")
         assert not loaded.warnings
+
+
+def test_limits_of_splicing(tmp_path: Path) -> None:
+    said = one(tmp_path, splice={"mode": "on", "budget": "64KiB"})
+    assert (said.splice, said.splice_limits) == (Splice.ON, SpliceLimits(65536))
+    said = one(tmp_path, splice={"mode": False, "leaveAfter": "2MiB"})
+    assert (said.splice, said.splice_limits) == (Splice.OFF, SpliceLimits(leave_after=2 << 20))
 
 
 def test_everything_unapplied_is_in_one_warning(tmp_path: Path) -> None:

@@ -127,6 +127,8 @@ CLIENTS = form(
         "exclude": st.lists(PATHS, max_size=2),
     },
 )
+MODES = st.sampled_from(["auto", "on", "off", True, False])
+SIZES = st.sampled_from(["1KiB", "256KiB", "9999KiB", "1MiB", "99MiB"])
 SERVICES = form(
     {
         "name": NAMES,
@@ -145,7 +147,7 @@ SERVICES = form(
         "reserve": st.booleans(),
         "sessionAffinity": form({"clientIP": form({}, {"timeout": AFFINITIES})}, {}),
         "intent": form({}, {"tcp": TRIGGERS, "udp": TRIGGERS}),
-        "splice": st.sampled_from(["auto", "on", "off", True, False]),
+        "splice": MODES | form({"mode": MODES}, {"budget": SIZES, "leaveAfter": SIZES}),
         "health": form(
             {"http": form({"path": st.from_regex(r"\A/[!-~]{0,9}\Z")}, {})},
             {"interval": DURATIONS, "rise": st.integers(1, 1000), "fall": st.integers(1, 1000)},
@@ -273,6 +275,8 @@ def test_good_documents_are_taken_by_both(document: dict[str, Any]) -> None:
 @example(compact(reserve=1))
 @example(compact(splice=1))
 @example(compact(splice=0))
+@example(compact(splice={"mode": "on", "budget": "0KiB"}))
+@example(compact(splice={"mode": "on", "leaveAfter": "100MiB"}))
 @example(compact(health={"http": {"path": "/é"}}))
 @example(compact(clients={"cgroups": ["/é"]}))
 @example(compact(clients={"cgroups": ["/\x7f"]}))

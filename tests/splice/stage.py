@@ -10,7 +10,6 @@ from typing import Any
 
 from sockhop.datapath.balancer import remove_pins
 from sockhop.datapath.splice_records import (
-    SPLICE_BUDGET,
     LaneMode,
     OwnerKind,
     SpliceCounters,
@@ -25,6 +24,7 @@ from sockhop.datapath.splicer import SplicedSocket, Splicer, Sweeper, no_counter
 from sockhop.kernel import netns
 from sockhop.kernel.cgroups import open_cgroup
 from sockhop.kernel.netns import current_cookie
+from sockhop.model import SpliceLimits
 from tests.sandbox import Sandbox
 
 __all__ = ["Place", "Stage", "cookie"]
@@ -61,7 +61,8 @@ class Stage:
         self, *, spliced: bool = True, path: Path | None = None, mode: SpliceMode = SpliceMode.ON
     ) -> None:
         self.sandbox = Sandbox()
-        self.policy = SplicePolicy(0, SPLICE_BUDGET, mode, 0)
+        limits = SpliceLimits()
+        self.policy = SplicePolicy(0, limits.budget, limits.leave_after, mode, 0)
         self._spliced = spliced
         self._path = path
         self._stack = contextlib.ExitStack()

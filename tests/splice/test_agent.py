@@ -88,6 +88,26 @@ def test_a_service_that_is_named(inside: Inside, choice: str) -> None:
         assert "on: web" in text
 
 
+def test_a_service_has_limits_of_its_own(inside: Inside) -> None:
+    sandbox, server = inside
+    limits = {"mode": "on", "budget": "4KiB", "leaveAfter": "8KiB"}
+    with (
+        sandbox.agent(sandbox.manifest(web(server, splice=limits))),
+        dialled(FRONTEND, server) as (client, there),
+    ):
+        for size in (4096, 1):  # the second is one byte too much
+            client.sendall(b"x" * size)
+            assert len(there.recv(5000)) == size
+        (row,) = (row for row in splices(sandbox) if row["cookie"] == cookie(client))
+        assert (row["budget"], row["leave_after"]) == (4096, 8192)
+        assert (row["spliced"], row["stack"], row["why"]) == (4096, 1, "budget")
+        client.sendall(b"x" * 8192)
+        assert len(there.recv(8192, socket.MSG_WAITALL)) == 8192
+        # The other direction would still be spliced; it leaves with this one.
+        with Sweeper(sandbox.pins) as sweeper:
+            wait_until(lambda: not sweeper.sockets(), "both out of the sockhash")
+
+
 def test_off_by_default_and_by_word(inside: Inside) -> None:
     sandbox, server = inside
     manifest = sandbox.manifest(web(server))

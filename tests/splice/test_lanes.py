@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from sockhop.datapath.splice_records import SPLICE_BUDGET, LaneMode, SpliceReason
+from sockhop.datapath.splice_records import LaneMode, SpliceReason
+from sockhop.model import SpliceLimits
 from tests.mutants import mutant
 from tests.splice.stage import Place, Stage, cookie
 from tests.splice.tcpinfo import tcp_info
 
 pytestmark = pytest.mark.kernel
 
+BUDGET = SpliceLimits().budget
 PAUSE = float(os.environ.get("SOCKHOP_PAUSE", "4"))
 
 
@@ -51,7 +53,7 @@ def swept(stage: Stage) -> None:
 
 def test_much_without_an_answer_goes_by_the_stack(stage: Stage) -> None:
     with pair(stage) as (client, server):
-        piece = SPLICE_BUDGET // 4
+        piece = BUDGET // 4
         for _ in range(4):
             client.sendall(b"a" * piece)
             assert read_exactly(server, piece) == b"a" * piece
@@ -140,8 +142,8 @@ def test_a_reader_that_pauses_goes_on_without_a_stall(stage: Stage) -> None:
 def test_both_ways_on_the_stack_leave_the_sockhash(stage: Stage) -> None:
     with pair(stage) as (client, server):
         for one, other in ((client, server), (server, client)):
-            one.sendall(b"x" * (SPLICE_BUDGET + 1))
-            assert len(read_exactly(other, SPLICE_BUDGET + 1)) == SPLICE_BUDGET + 1
+            one.sendall(b"x" * (BUDGET + 1))
+            assert len(read_exactly(other, BUDGET + 1)) == BUDGET + 1
         assert stage.lane(client) is stage.lane(server) is LaneMode.STACK
         swept(stage)
         assert not stage.entries().keys() & {cookie(client), cookie(server)}

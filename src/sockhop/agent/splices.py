@@ -26,8 +26,9 @@ __all__ = ["ServiceSplices", "SpliceRow", "count_splices", "list_splices"]
 class SpliceRow(msgspec.Struct):
     """A socket in the sockhash. `direction`: how what it sends goes; `why`: if not spliced.
 
-    `spliced` and `stack` in bytes sent; `unread`: whether its own queue has spliced bytes; `peer`:
-    the cookie of the other end, 0 before the first message; `age` in seconds.
+    `spliced` and `stack` in bytes sent; `unread`: whether its own queue has spliced bytes;
+    `budget` and `leave_after` as in :class:`sockhop.model.SpliceLimits`; `peer`: the cookie of the
+    other end, 0 before the first message; `age` in seconds.
     """
 
     state: str
@@ -39,6 +40,8 @@ class SpliceRow(msgspec.Struct):
     spliced: int
     stack: int
     unread: bool
+    budget: int
+    leave_after: int
     age: float
     processes: list[str]
     cookie: int
@@ -90,6 +93,8 @@ def _row(found: SplicedSocket, service: str, processes: list[str], now: float) -
         spliced=lane.spliced,
         stack=lane.stacked,
         unread=not found.socket.queue_empty,
+        budget=lane.budget,
+        leave_after=lane.leave_after,
         age=round(now - lane.since / 1e9, 3),
         processes=processes,
         cookie=found.socket.cookie,

@@ -10,7 +10,6 @@ import msgspec
 from sockhop.agent.state import SplicingState
 from sockhop.agent.target import service_port
 from sockhop.datapath.splice_records import (
-    SPLICE_BUDGET,
     OwnerKind,
     SpliceMode,
     SpliceOwner,
@@ -30,7 +29,15 @@ from sockhop.errors import InputError, SockhopError
 from sockhop.kernel import netns
 from sockhop.kernel.advisories import known_faults
 from sockhop.kernel.cgroups import cgroup_id, cgroup_root, open_cgroup
-from sockhop.model import Desired, Protocol, Splice, is_loopback, pack_address, parse_address
+from sockhop.model import (
+    Desired,
+    Protocol,
+    Splice,
+    SpliceLimits,
+    is_loopback,
+    pack_address,
+    parse_address,
+)
 
 __all__ = ["SpliceOptions", "Splicing", "parse_splice_address"]
 
@@ -84,6 +91,10 @@ def parse_splice_address(text: str) -> tuple[str, int]:
         raise InputError(
             f"{text}: expected an address, or address:port", hint="such as 10.1.0.5 or [fd00::5]:80"
         ) from None
+
+
+def _policy(service: int, limits: SpliceLimits, mode: SpliceMode) -> SplicePolicy:
+    return SplicePolicy(service, limits.budget, limits.leave_after, mode, 0)
 
 
 class Splicing:
@@ -198,7 +209,7 @@ class Splicing:
                 choice = Splice.OFF
             else:
                 self._given_up.pop(name, None)
-            policy = SplicePolicy(ids[name], SPLICE_BUDGET, _MODES[choice], 0)
+            policy = _policy(ids[name], service.splice_limits, _MODES[choice])
             wanted.services[ids[name]] = policy
             if choice is Splice.OFF:
                 continue
@@ -214,7 +225,7 @@ class Splicing:
         return SplicePlace(pack_address(address), self._home if is_loopback(address) else 0, port)
 
     def _add_options(self, wanted: _Wanted) -> None:
-        policy = SplicePolicy(0, SPLICE_BUDGET, SpliceMode.ON, 0)
+        policy = _policy(0, SpliceLimits(), SpliceMode.ON)
         for text in self._options.addresses:
             wanted.places[self._place(*parse_splice_address(text))] = policy._replace(dialled=1)
         for path in self._options.namespaces:

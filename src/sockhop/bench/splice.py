@@ -11,7 +11,6 @@ from sockhop.bench.messages import Dial, Listen, Loop, Operation, Pin, Places, T
 from sockhop.bench.report import Machine, SpliceReport, SpliceResult, Spread, spread_of
 from sockhop.bench.rooms import Room, Site, Worker
 from sockhop.datapath.splice_records import (
-    SPLICE_BUDGET,
     OwnerKind,
     SpliceMode,
     SpliceOwner,
@@ -23,7 +22,7 @@ from sockhop.kernel._libbpf import lib
 from sockhop.kernel.cgroups import AttachType, open_cgroup
 from sockhop.kernel.objects import BpfObject, object_path
 from sockhop.kernel.syscall import check
-from sockhop.model import Protocol
+from sockhop.model import Protocol, SpliceLimits
 
 __all__ = ["PLAIN", "SplicePlan", "measure_splice"]
 
@@ -136,7 +135,8 @@ def _unix(site: Site, room: Room) -> _Stand:
 @contextmanager
 def _spliced(site: Site, room: Room, far: Worker) -> Iterator[Sweeper]:
     """Splice the room's sockets and those of its far client."""
-    policy = SplicePolicy(0, SPLICE_BUDGET, SpliceMode.ON, 0)
+    limits = SpliceLimits()
+    policy = SplicePolicy(0, limits.budget, limits.leave_after, SpliceMode.ON, 0)
     site.pins.mkdir(mode=0o700, exist_ok=True)
     with Splicer(site.pins) as splicer, Sweeper(site.pins) as sweeper:
         splicer.maps.counters.set(0, no_counters())

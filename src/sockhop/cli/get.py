@@ -67,6 +67,8 @@ _COLUMNS = {
         Column("SPLICED", "spliced"),
         Column("STACK", "stack"),
         Column("UNREAD", "unread", wide=True),
+        Column("BUDGET", "budget", wide=True),
+        Column("LEAVE-AFTER", "leave_after", wide=True),
         Column("AGE", "age", text=age),
         Column("PROCESS", "processes"),
         Column("COOKIE", "cookie", wide=True),

@@ -5,7 +5,6 @@ from enum import IntEnum
 from typing import NamedTuple
 
 __all__ = [
-    "SPLICE_BUDGET",
     "LaneMode",
     "OwnerKind",
     "SpliceCounters",
@@ -20,12 +19,6 @@ __all__ = [
     "SpliceSetting",
     "reason_counts",
 ]
-
-SPLICE_BUDGET = 256 * 1024
-"""Bytes that go one way without an answer before the direction returns to the stack.
-
-So that messages of 64 KiB there and back, some of them at once, stay spliced: those gain most. What
-is unread is limited apart from that, by half of the receive buffer (64 KiB by default)."""
 
 
 class SpliceSetting(IntEnum):
@@ -87,6 +80,7 @@ class SplicePolicy(NamedTuple):
 
     service: int
     budget: int
+    leave_after: int
     mode: int
     dialled: int
 
@@ -133,6 +127,7 @@ class SpliceLane(NamedTuple):
     sequence: int
     service: int
     budget: int
+    leave_after: int
     is_a: int
     is_client: int
     mode: int

@@ -1,13 +1,17 @@
 """What a Kubernetes Service asks of sockhop in annotations: what its own fields cannot say."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
-from sockhop.model import Algorithm, IntentRule, Protocol, Splice
+from sockhop.model import Algorithm, IntentRule, Protocol
 from sockhop.sources.fields import FieldError, did_you_mean, path_text, shown
 from sockhop.sources.intents import read_intent_annotation
+from sockhop.sources.splices import SpliceWish, read_splice_annotation
 
 __all__ = ["Wishes", "read_annotations"]
+
+_T = TypeVar("_T")
 
 _PREFIX = "sockhop.io/"
 _ALGORITHM, _RESERVE = _PREFIX + "algorithm", _PREFIX + "reserve"
@@ -15,10 +19,9 @@ _SPLICE = _PREFIX + "splice"
 _CHOICES: dict[str, dict[str, Any]] = {
     _ALGORITHM: {str(algorithm): algorithm for algorithm in Algorithm},
     _RESERVE: {"true": True, "false": False},
-    _SPLICE: {str(choice): choice for choice in Splice},
 }
 _INTENTS = {f"{_PREFIX}intent-{protocol.lower()}": protocol for protocol in Protocol}
-_KNOWN = (*_CHOICES, *_INTENTS)
+_KNOWN = (*_CHOICES, _SPLICE, *_INTENTS)
 
 
 class Wishes(NamedTuple):
@@ -26,7 +29,7 @@ class Wishes(NamedTuple):
 
     algorithm: Algorithm
     reserve: bool
-    splice: Splice | None
+    splice: SpliceWish
     intents: tuple[IntentRule, ...]
     remarks: tuple[str, ...]
 
@@ -39,7 +42,7 @@ def read_annotations(annotations: Mapping[str, Any]) -> Wishes:
     found: dict[str, Any] = {
         _ALGORITHM: Algorithm.RANDOM,
         _RESERVE: False,
-        _SPLICE: None,
+        _SPLICE: SpliceWish(),
     }
     intents: list[IntentRule] = []
     remarks = []
@@ -47,7 +50,10 @@ def read_annotations(annotations: Mapping[str, Any]) -> Wishes:
         if not key.startswith(_PREFIX) or value is None:
             continue
         if key in _INTENTS:
-            intents += _intents(key, value)
+            intents += _inside(key, value, partial(read_intent_annotation, _INTENTS[key]))
+            continue
+        if key == _SPLICE:
+            found[key] = _inside(key, value, read_splice_annotation)
             continue
         if key not in _CHOICES:
             known = f"{', '.join(_KNOWN[:-1])} and {_KNOWN[-1]}"
@@ -68,12 +74,15 @@ def read_annotations(annotations: Mapping[str, Any]) -> Wishes:
     )
 
 
-def _intents(key: str, value: Any) -> tuple[IntentRule, ...]:
+def _inside(key: str, value: Any, read: Callable[[Any], _T]) -> _T:
+    """Read the *value* of the annotation *key*, a string that has fields of its own."""
     try:
-        return read_intent_annotation(_INTENTS[key], value)
+        return read(value)
     except FieldError as error:
         # What is inside the string has no line of its own.
         inner = f" at {path_text(error.path)}" if error.path else ""
         path = ("metadata", "annotations", key)
         found = f"{error.found}{inner}"
-        raise FieldError(found, error.expected, path=path, hint=error.hint) from None
+        raise FieldError(
+            found, error.expected, path=path, hint=error.hint, quote=error.quote
+        ) from None

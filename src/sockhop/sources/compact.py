@@ -18,7 +18,6 @@ from sockhop.model import (
     Frontend,
     Protocol,
     Service,
-    Splice,
     endpoint,
 )
 from sockhop.sources.compact_fields import ClientsForm, Name, clients_of
@@ -33,6 +32,7 @@ from sockhop.sources.fields import (
     shown,
 )
 from sockhop.sources.intents import IntentForm, read_intents
+from sockhop.sources.splices import SpliceForm, read_splice
 
 __all__ = [
     "AFFINITY_DEFAULT",
@@ -64,12 +64,6 @@ _PROTOCOLS = {
 _ENDPOINT = '"address:port" with a port from 1 to 65535'
 _FRONTEND = f"{_ENDPOINT}, then nothing or one of /tcp, /udp, /tcp+udp"
 _UNAPPLIED = ("health",)
-# Unquoted on and off are booleans to YAML 1.1.
-_SPLICE: dict[str | bool, Splice] = {
-    **{str(choice): choice for choice in Splice},
-    True: Splice.ON,
-    False: Splice.OFF,
-}
 
 UrlPath = Annotated[
     str, Meta(pattern=r"^/[!-~]*\Z", description='an HTTP path such as "/health", without blanks')
@@ -116,7 +110,7 @@ class Health(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ServiceForm(Struct, frozen=True, forbid_unknown_fields=True):
-    """A service as written. `splice: off` is false to YAML 1.1, `on` is true."""
+    """A service as written."""
 
     name: Name
     frontends: Annotated[
@@ -142,10 +136,7 @@ class ServiceForm(Struct, frozen=True, forbid_unknown_fields=True):
     ) = UNSET
     reserve: bool = False
     intent: IntentForm | UnsetType = UNSET
-    splice: (
-        Annotated[Literal["auto", "on", "off"] | bool, Meta(description="one of auto, on, off")]
-        | UnsetType
-    ) = UNSET
+    splice: SpliceForm | UnsetType = UNSET
     health: Health | UnsetType = UNSET
     clients: ClientsForm | UnsetType = UNSET
 
@@ -200,6 +191,7 @@ def read_services(
         path = ("services", index)
         try:
             frontends, indexes = _frontends(form)
+            splice, limits = read_splice(form.splice)
             service = Service(
                 form.name,
                 frontends,
@@ -209,7 +201,8 @@ def read_services(
                 form.reserve,
                 clients_of(form.clients),
                 () if form.intent is UNSET else read_intents(form.intent),
-                None if form.splice is UNSET else _SPLICE[form.splice],
+                splice,
+                limits,
             )
         except FieldError as error:
             raise document.error(error.under(*path)) from None

@@ -19,6 +19,8 @@ __all__ = [
     "Duration",
     "FieldError",
     "FieldPath",
+    "Size",
+    "byte_count",
     "did_you_mean",
     "milliseconds",
     "mismatch",
@@ -35,6 +37,14 @@ Duration = Annotated[
     msgspec.Meta(
         pattern=r"^[1-9][0-9]{0,8}(ms|s|m|h|d)\Z",
         description='a duration such as "500ms", "30s", "5m", "3h" or "1d"',
+    ),
+]
+
+Size = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^([1-9][0-9]{0,3}KiB|[1-9][0-9]?MiB)\Z",
+        description='a size from "1KiB" to "99MiB", such as "256KiB"',
     ),
 ]
 
@@ -117,6 +127,11 @@ def milliseconds(duration: str) -> int:
     """Return a :data:`Duration` as a number of milliseconds."""
     digits = duration.rstrip("mshd")
     return int(digits) * _MILLISECONDS[duration[len(digits) :]]
+
+
+def byte_count(size: str) -> int:
+    """Return a :data:`Size` as a number of bytes."""
+    return int(size[:-3]) << (10 if size.endswith("KiB") else 20)
 
 
 def mismatch(kind: Any, value: object) -> FieldError:

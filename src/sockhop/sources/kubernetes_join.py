@@ -106,7 +106,8 @@ class Joiner:
             _affinity(found.spec),
             reserve=found.wishes.reserve,
             intents=found.wishes.intents,
-            splice=found.wishes.splice,
+            splice=found.wishes.splice.mode,
+            splice_limits=found.wishes.splice.limits,
         )
         if before and before.service == service:
             service = before.service
