@@ -14,6 +14,7 @@ __all__ = ["cli", "main"]
 
 # One module per command, imported only when it is asked for: --help and completion stay quick.
 _COMMANDS = {
+    "advisories": "List known faults of this kernel, and try what can be tried.",
     "agent": "Follow service manifests and balance what they say.",
     "approve": "Let changes that are held end and move live sockets.",
     "audit": "Compare sockmaps with the sockets that they really hold.",

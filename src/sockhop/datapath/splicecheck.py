@@ -10,11 +10,11 @@ import socket
 import struct
 from collections.abc import Iterator
 
-from sockhop.kernel._libbpf import lib
+from sockhop.kernel._libbpf import ffi, lib
 from sockhop.kernel.objects import BpfObject, object_path
 from sockhop.kernel.syscall import check
 
-__all__ = ["check_splicing"]
+__all__ = ["check_splicing", "entries_outlive_connections"]
 
 _PATIENCE = 2000
 """Milliseconds until bytes count as lost."""
@@ -48,6 +48,24 @@ def check_splicing() -> str:
     return ""
 
 
+def entries_outlive_connections() -> bool:
+    """Tell whether a socket whose connection was reset stays in a sockhash until it is closed.
+
+    Then a sockhash by addresses meets stale entries. SystemLackError where it cannot be tried.
+    """
+    with BpfObject(object_path("vanilla")) as programs:
+        sockets = programs.map_fd("vanilla_sockets")
+        with _pair(sockets) as (one, other):
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            key = _key(other)
+            one.close()
+            poll = select.poll()
+            poll.register(other, select.POLLHUP)
+            poll.poll(_PATIENCE)
+            held = ffi.new("__u64 *")
+            return bool(lib.bpf_map_lookup_elem(sockets, key, held) == 0)
+
+
 @contextlib.contextmanager
 def _pair(sockets: int) -> Iterator[tuple[socket.socket, socket.socket]]:
     """Yield two connected sockets that are in the sockhash."""
@@ -57,11 +75,14 @@ def _pair(sockets: int) -> Iterator[tuple[socket.socket, socket.socket]]:
     with one, other:
         for each in (one, other):
             each.setblocking(False)
-            key = _address(each.getsockname()) + _address(each.getpeername())
-            ports = struct.pack("=II", each.getsockname()[1], each.getpeername()[1])
             value = struct.pack("=Q", each.fileno())
-            check(lib.bpf_map_update_elem(sockets, key + ports, value, 0), "filling a sockhash")
+            check(lib.bpf_map_update_elem(sockets, _key(each), value, 0), "filling a sockhash")
         yield one, other
+
+
+def _key(of: socket.socket) -> bytes:
+    ends = of.getsockname(), of.getpeername()
+    return b"".join(map(_address, ends)) + struct.pack("=II", ends[0][1], ends[1][1])
 
 
 def _address(name: tuple[str, int]) -> bytes:
