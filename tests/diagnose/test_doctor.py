@@ -6,14 +6,14 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from sockhop.diagnose.doctor import Cause, Diagnosis, Origin, diagnose
+from sockhop.diagnose.causes import Cause
+from sockhop.diagnose.doctor import Diagnosis, Origin, diagnose
 from sockhop.diagnose.heal import heal
 from sockhop.diagnose.pairs import examine
 from sockhop.diagnose.visit import Visitor, open_sockmaps
@@ -22,64 +22,14 @@ from sockhop.kernel._libbpf import lib
 from sockhop.kernel.namespaces import Namespace, Namespaces
 from sockhop.model import pack_address
 from tests.diagnose.incident import Incident, incident, reset
+from tests.diagnose.load import REQUEST, SERVER, Load, Server
 from tests.sandbox import Sandbox, compact, wait_until
 from tests.splice.stage import Place, Stage
 
 pytestmark = pytest.mark.kernel
 
 RUNS = int(os.environ.get("SOCKHOP_DOCTOR_RUNS", "3"))
-SERVER, CLIENT = Place.VETH4.server, Place.VETH4.client
-REQUEST = b"GET /health HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"
-ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nOK"
 NOBODY = Path("/nonexistent")
-
-
-class Server:
-    """Answers, or does what it is told, in threads of its own."""
-
-    def __init__(
-        self,
-        stage: Stage,
-        does: str = "answer",
-        answer: bytes = ANSWER,
-        *,
-        listener: socket.socket | None = None,
-    ) -> None:
-        self.does = does
-        self._answer = answer
-        self._kept: list[socket.socket] = []
-        self.listener = listener or stage.listen(Place.VETH4)
-        self.port = int(self.listener.getsockname()[1])
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        with suppress(OSError):
-            while True:
-                made = self.listener.accept()[0]
-                self._kept.append(made)
-                threading.Thread(target=self._serve, args=(made,), daemon=True).start()
-
-    def _serve(self, made: socket.socket) -> None:
-        if self.does == "not read":
-            return
-        with suppress(OSError):
-            made.recv(4096)
-            if self.does.startswith("answer"):
-                made.sendall(self._answer)
-            if self.does in ("answer", "close"):
-                made.close()
-
-    def __enter__(self) -> "Server":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with suppress(OSError):
-            self.listener.shutdown(socket.SHUT_RDWR)
-        self.listener.close()
-        self._thread.join(5)
-        for each in self._kept:
-            each.close()
 
 
 def origin(stage: Stage) -> Origin:
@@ -133,34 +83,6 @@ def test_healthy(stage: Stage) -> None:
                 assert (found.conclusions, found.dialled[0].failed) == ([], 0)
                 assert netns.inode(stage.sandbox.netns) in found.owners
         assert ask(stage, server.port, request=b"").conclusions == []
-
-
-class Load:
-    """Connections of others, opened, used and closed all the time."""
-
-    def __init__(self, stage: Stage) -> None:
-        self._stage = stage
-        self._stop = threading.Event()
-        self.count = 0
-        self._thread = threading.Thread(target=self._run)
-
-    def _run(self) -> None:
-        with Server(self._stage) as server:
-            while not self._stop.is_set():
-                with self._stage.client(Place.VETH4) as client:
-                    client.settimeout(5)
-                    client.connect((SERVER, server.port))
-                    client.sendall(REQUEST)
-                    assert client.recv(4096)
-                self.count += 1
-
-    def __enter__(self) -> "Load":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import msgspec
 from sockhop import __version__
 from sockhop.agent.brake import Limits
 from sockhop.agent.coexist import Coexistence, refuse_rivals
+from sockhop.agent.events import EventLog, events_path
 from sockhop.agent.installer import Installer
 from sockhop.agent.notify import notify, watchdog_interval
 from sockhop.agent.orders import now
@@ -24,6 +25,7 @@ from sockhop.agent.splicing import SpliceOptions, Splicing
 from sockhop.agent.state import AgentState, HeldChange, SourceState
 from sockhop.agent.sync import Synchronizer
 from sockhop.agent.terminate import Terminator, opened_terminator
+from sockhop.agent.watching import Watching
 from sockhop.datapath.balancer import Balancer, check_room, map_directory, remove_pins, survey
 from sockhop.datapath.sockets import Sockets
 from sockhop.datapath.splicer import end_splicing
@@ -61,6 +63,7 @@ class AgentOptions(msgspec.Struct, frozen=True):
     coexist: bool = False
     limits: Limits = Limits()
     splice: SpliceOptions = SpliceOptions()
+    watch_every: float = 30.0
 
 
 def run_agent(options: AgentOptions) -> None:
@@ -164,6 +167,8 @@ class _Agent:
         self._stopping = False
         self._terminator = terminator
         self._orders_changed = asyncio.Event()
+        self._watching = Watching(EventLog(events_path(options.api)), options.watch_every)
+        state.watch = self._watching.state
         self.sync = Synchronizer(
             sources.load, installer, terminator.policies, state, current_cookie(), terminator
         )
@@ -263,6 +268,7 @@ class _Agent:
                     self._installer,
                     self._known_state,
                     self._terminator,
+                    self._watching,
                 )
                 application = metrics_application(collector, self._state)
                 runners.append(await serve_metrics(application, *listen))
@@ -283,6 +289,8 @@ class _Agent:
         ]
         if self._sources.coexistence:
             tasks.append(asyncio.create_task(self._follow_cilium(self._sources.coexistence)))
+        if self._options.watch_every:
+            tasks.append(asyncio.create_task(self._watching.run()))
         if interval := watchdog_interval():
             tasks.append(asyncio.create_task(self._watchdog(interval)))
         try:

@@ -26,9 +26,10 @@ _CHUNK = 1 << 16
 
 
 class EventKind(StrEnum):
-    """What has happened: to one socket, or (the last four) by a change to many.
+    """What has happened: to one socket, or (from CHANGE to PARKED) by a change to many.
 
-    HEALED: a stale entry of a sockhash was deleted; the ends are those that its key names.
+    HEALED: a stale entry of a sockhash was deleted; the ends are those that its key names. FOUND
+    and OVER: something that is wrong was seen for the first time, or no more.
     """
 
     SEVERED = "severed"
@@ -39,6 +40,8 @@ class EventKind(StrEnum):
     HELD = "held"
     APPROVED = "approved"
     PARKED = "parked"
+    FOUND = "found"
+    OVER = "over"
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):

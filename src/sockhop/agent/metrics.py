@@ -1,7 +1,7 @@
 """What Prometheus scrapes: /metrics and /healthz on a TCP address."""
 
 import socket
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,9 +17,11 @@ from sockhop.agent.splices import count_splices
 from sockhop.agent.state import AgentState, Termination
 from sockhop.agent.target import split_service_port
 from sockhop.agent.terminate import Terminator
+from sockhop.agent.watching import Watching
 from sockhop.datapath.balancer import BalanceMaps
 from sockhop.datapath.policies import PolicyMaps, PolicySetting
 from sockhop.datapath.records import Setting, Total
+from sockhop.diagnose.watch import Watch
 from sockhop.errors import InputError
 from sockhop.model import Protocol
 
@@ -38,12 +40,14 @@ class AgentCollector(Collector):
         installer: Installer,
         state: Callable[[], AgentState],
         terminator: Terminator,
+        watching: Watching,
     ) -> None:
         self._maps = maps
         self._policies = policies
         self._installer = installer
         self._state = state
         self._terminator = terminator
+        self._watching = watching
 
     def collect(self) -> Iterator[Metric]:
         """Yield all metrics of the agent."""
@@ -54,6 +58,7 @@ class AgentCollector(Collector):
         state = self._state()
         yield from self._termination(state.termination)
         yield from self._splices(state)
+        yield from self._findings()
         yield from self._sources(state)
 
     def _connects(self) -> Iterator[Metric]:
@@ -175,6 +180,24 @@ class AgentCollector(Collector):
             value=float(state.splicing.state == "on"),
         )
         yield from (pairs, sent, left)
+
+    def _findings(self) -> Iterator[Metric]:
+        now = GaugeMetricFamily(
+            "sockhop_findings", "What harms connections of this node, now.", labels=["cause"]
+        )
+        since = CounterMetricFamily(
+            "sockhop_found", "What was found to harm connections, each once.", labels=["cause"]
+        )
+        present = Counter(each.cause for each in self._watching.state.findings)
+        for cause in Watch.causes:
+            now.add_metric([cause], present[cause])
+            since.add_metric([cause], self._watching.totals[cause])
+        yield from (now, since)
+        yield GaugeMetricFamily(
+            "sockhop_watch_look_seconds",
+            "CPU time of the last look at whether connections are harmed.",
+            value=self._watching.state.seconds,
+        )
 
     def _sources(self, state: AgentState) -> Iterator[Metric]:
         for name, text, value in (

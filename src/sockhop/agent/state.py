@@ -4,6 +4,8 @@ import time
 
 import msgspec
 
+from sockhop.diagnose.causes import Finding
+
 __all__ = [
     "AgentState",
     "HeldChange",
@@ -11,6 +13,7 @@ __all__ = [
     "SourceState",
     "SplicingState",
     "Termination",
+    "WatchState",
 ]
 
 
@@ -87,6 +90,18 @@ class SplicingState(msgspec.Struct):
     faults: list[str] = []
 
 
+class WatchState(msgspec.Struct):
+    """What the agent sees of harmed connections; it looks `every` so many seconds, 0: never.
+
+    `reason`: why it cannot; `seconds`: the CPU time of the last look.
+    """
+
+    every: float = 0.0
+    reason: str = ""
+    seconds: float = 0.0
+    findings: list[Finding] = []
+
+
 class AgentState(msgspec.Struct):
     """A running agent."""
 
@@ -106,6 +121,7 @@ class AgentState(msgspec.Struct):
     policies: list[PolicyState] = []
     termination: Termination = msgspec.field(default_factory=Termination)
     splicing: SplicingState = msgspec.field(default_factory=SplicingState)
+    watch: WatchState = msgspec.field(default_factory=WatchState)
 
     @property
     def healthy(self) -> bool:

@@ -11,6 +11,7 @@ from sockhop.cli.options import (
     cgroup_path,
     global_options,
     manifests_option,
+    parse_period,
 )
 
 __all__ = ["command"]
@@ -110,6 +111,14 @@ def _check_addresses(
 )
 @click.option(
     "--force-splice", is_flag=True, help="Splice even on a kernel that has a known serious fault."
+)
+@click.option(
+    "--watch-every",
+    default="30s",
+    show_default=True,
+    metavar="DURATION",
+    callback=parse_period,
+    help="How often to look whether connections of this node are harmed; 0: never.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Log more.")
 @global_options

@@ -30,7 +30,7 @@ _COLUMNS = (
 
 
 @click.command(epilog="Example: sockhop doctor 10.0.1.7:8080 --http /health")
-@click.argument("target", metavar="ADDRESS:PORT")
+@click.argument("target", metavar="ADDRESS:PORT", required=False)
 @click.option("--http", metavar="PATH", help="Ask for this path on each connection.")
 @click.option(
     "--from",
@@ -55,14 +55,32 @@ _COLUMNS = (
     callback=parse_duration,
     help="How long a connection, and an answer, may take.",
 )
+@click.option(
+    "--watch",
+    "watching",
+    is_flag=True,
+    help="Go on looking whether any connection of this node is harmed; dials nothing.",
+)
+@click.option(
+    "--every",
+    default="10s",
+    show_default=True,
+    metavar="DURATION",
+    callback=parse_duration,
+    help="Time between two looks of --watch.",
+)
+@click.option("--looks", type=click.IntRange(2), metavar="N", help="Stop --watch after N looks.")
 @output_option
 @global_options
-def command(
-    target: str,
+def command(  # noqa: PLR0913, PLR0917 (click passes them by name)
+    target: str | None,
     http: str | None,
     origins: tuple[str, ...],
     count: int,
     timeout: float,
+    watching: bool,
+    every: float,
+    looks: int | None,
     output: str,
 ) -> int:
     """Say why connections to a TCP address fail or hang.
@@ -70,7 +88,19 @@ def command(
     Makes fresh connections, as a health check does, with a request on each if --http is given;
     looks at both ends of one that hangs, at the server's queue, at sockmaps, at our own services;
     and says what is wrong, what shows it and what to do. Exit status 1 if a connection fails.
+
+    With --watch it tells what begins to harm connections of this node, and what is over, as the
+    agent does by itself (`sockhop agent --watch-every`, `sockhop status`, `sockhop events`).
+    Something counts when two looks in a row have seen it. Exit status 1 if it harms at the end.
     """
+    if watching:
+        if target or http or origins:
+            raise InputError("--watch looks at the whole node: no address goes with it")
+        from sockhop.cli.doctor_watch import watch  # noqa: PLC0415 (slow to import)
+
+        return watch(every, looks, output)
+    if target is None:
+        raise InputError("which address? ADDRESS:PORT, or --watch for the whole node")
     from sockhop.diagnose.doctor import diagnose  # noqa: PLC0415 (slow to import)
 
     found = diagnose(

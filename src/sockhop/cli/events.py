@@ -13,7 +13,7 @@ from sockhop.cli.output import print_value
 if TYPE_CHECKING:
     from sockhop.agent.events import Event
 
-__all__ = ["command", "event_text"]
+__all__ = ["command", "event_text", "print_event"]
 
 _RECENT = 10
 
@@ -32,15 +32,16 @@ _RECENT = 10
 def command(follow: bool, last: int | None, output: str) -> int:
     """List which sockets were ended or moved, why, and by which change.
 
-    What the agent did and what was done by hand. Works without an agent. The file is bounded: the
-    oldest events go. With -f and -o json each event is one line. Exit status 1 if there is none.
+    What the agent did and what was done by hand; and what was found to harm connections. Works
+    without an agent. The file is bounded: the oldest events go. With -f and -o json each event is
+    one line. Exit status 1 if there is none.
     """
     from sockhop.agent.events import EventLog, events_path  # noqa: PLC0415
 
     log = EventLog(events_path(api_path()))
     if follow:
         for event in log.follow(_RECENT if last is None else last):
-            _print(event, output)
+            print_event(event, output)
     found = list(log.read())
     if last is not None:
         found = found[max(len(found) - last, 0) :]
@@ -48,13 +49,14 @@ def command(follow: bool, last: int | None, output: str) -> int:
         print_value(found, output)
     else:
         for event in found:
-            _print(event, output)
+            print_event(event, output)
         if not found:
             click.echo(f"there are no events in {log.path}", err=True)
     return int(not found)
 
 
-def _print(event: "Event", output: str) -> None:
+def print_event(event: "Event", output: str) -> None:
+    """Print *event* as *output* says: a line, or a document of YAML."""
     if output == "json":
         line = msgspec.json.encode(event).decode()
     elif output == "yaml":

@@ -16,6 +16,7 @@ __all__ = [
     "manifests_option",
     "output_option",
     "parse_duration",
+    "parse_period",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -83,6 +84,11 @@ def parse_duration(ctx: click.Context, parameter: click.Parameter, value: str) -
     if found is None or not float(found[1]):
         raise click.BadParameter(f"{value!r} is no duration such as 500ms, 2s or 1m")
     return float(found[1]) * _SECONDS[found[2]]
+
+
+def parse_period(ctx: click.Context, parameter: click.Parameter, value: str) -> float:
+    """Do as :func:`parse_duration`, but 0 is possible, too."""
+    return 0.0 if value == "0" else parse_duration(ctx, parameter, value)
 
 
 output_option = click.option(

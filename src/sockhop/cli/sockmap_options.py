@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from sockhop.cli.options import parse_duration
+from sockhop.cli.options import parse_period
 from sockhop.cli.output import Column, counted, print_rows
 from sockhop.errors import InputError
 
@@ -31,10 +31,6 @@ _QUEUED = (
 )
 
 
-def _parse_wait(ctx: click.Context, parameter: click.Parameter, value: str) -> float:
-    return 0.0 if value == "0" else parse_duration(ctx, parameter, value)
-
-
 def sockmap_options(command: F) -> F:
     """Add --all, --id, --pinned, --key and --wait."""
     for option in (
@@ -43,7 +39,7 @@ def sockmap_options(command: F) -> F:
             default="1s",
             show_default=True,
             metavar="DURATION",
-            callback=_parse_wait,
+            callback=parse_period,
             help="Time between the two looks.",
         ),
         click.option(

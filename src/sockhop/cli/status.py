@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from sockhop.agent.state import AgentState, SplicingState
+from sockhop.agent.state import AgentState, SplicingState, WatchState
 from sockhop.cli.approve import held_text
 from sockhop.cli.options import api_path, bpffs_path, cgroup_path, global_options, output_option
 from sockhop.cli.output import age, counted, print_value, table
@@ -192,7 +192,18 @@ def _agent_lines(agent: AgentState | None) -> list[tuple[str, str]]:
     if agent.sync_error:
         lines.append(("SYNC ERROR", agent.sync_error))
     lines += _splice_lines(agent.splicing)
+    lines += _watch_lines(agent.watch)
     return lines + [("warning", warning) for warning in agent.source.warnings]
+
+
+def _watch_lines(watch: WatchState) -> list[tuple[str, str]]:
+    if watch.reason:
+        return [("not watched", watch.reason)]
+    now = time.time()
+    return [
+        ("FOUND", f"{age(now - each.since)} ago: {each.cause}: {each.because}; {each.advice}")
+        for each in watch.findings
+    ]
 
 
 def _splice_lines(splicing: SplicingState) -> list[tuple[str, str]]:

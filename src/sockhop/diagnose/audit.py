@@ -7,7 +7,7 @@ its socket out, and what is sent to it goes to the old one.
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ __all__ = [
     "Look",
     "audit",
     "decode_dump",
+    "judge",
     "look",
 ]
 
@@ -195,7 +196,7 @@ def audit(
             look(visitor, of, before.layout if len(before.entries) else given)
             for of, before in zip(maps, first, strict=True)
         ]
-    return [_audited(before, after) for before, after in zip(first, last, strict=True)]
+    return [judge(before.stale, after) for before, after in zip(first, last, strict=True)]
 
 
 def decode_dump(keys: Sequence[bytes], given: KeyLayout | None = None) -> list[Entry]:
@@ -228,8 +229,9 @@ def decode_dump(keys: Sequence[bytes], given: KeyLayout | None = None) -> list[E
     return found
 
 
-def _audited(first: Look, last: Look) -> Audit:
-    before, now, info = first.stale, last.stale, last.map.info
+def judge(before: Mapping[bytes, Held], last: Look) -> Audit:
+    """Return what two looks at a map say; *before*: what was stale at the first, by key."""
+    now, info = last.stale, last.map.info
     both = {
         key: each
         for key, each in now.items()

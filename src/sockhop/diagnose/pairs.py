@@ -52,7 +52,8 @@ class Side(msgspec.Struct, frozen=True):
 class HalfSpliced(msgspec.Struct, frozen=True):
     """A connection whose one end splices and whose other end, the victim, has plain handlers.
 
-    `harmful`: a map has another socket under the victim's key; `map` is its id and `key` the key.
+    `harmful`: a map has another socket under the victim's key; `map` is its id and `key` the key,
+    `strayed` the bytes that wait in that socket (and maybe more).
     `still`: no segment moved between the two looks.
     """
 
@@ -63,6 +64,7 @@ class HalfSpliced(msgspec.Struct, frozen=True):
     still: bool
     map: int = 0
     key: str = ""
+    strayed: int = 0
 
 
 class Queued(msgspec.Struct, frozen=True):
@@ -265,6 +267,7 @@ def _half_spliced(
         [(a.segs_in, a.segs_out) for a in old] == [(a.segs_in, a.segs_out) for a in now],
         number,
         entry.key.hex(" ") if entry else "",
+        entry.socket.spliced if other and entry else 0,
     )
 
 
