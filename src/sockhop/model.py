@@ -21,6 +21,7 @@ __all__ = [
     "Desired",
     "Frontend",
     "FrontendType",
+    "HealthCheck",
     "Intent",
     "IntentKind",
     "IntentRule",
@@ -223,6 +224,26 @@ class SpliceLimits(msgspec.Struct, frozen=True):
     leave_after: int = 1 << 20
 
 
+class HealthCheck(msgspec.Struct, frozen=True):
+    """What an active backend has to answer for new connections to go to it.
+
+    `path`: of an HTTP GET, answered with 200 to 399; empty: a TCP connection is enough. `port` 0:
+    the backend's own. `interval` and `timeout` in seconds. It counts as unhealthy after `fall`
+    failures in a row, and as healthy after `rise` successes.
+    """
+
+    path: str = ""
+    port: int = 0
+    interval: float = 5.0
+    timeout: float = 1.0
+    rise: int = 2
+    fall: int = 3
+
+    def __str__(self) -> str:
+        where = f" at port {self.port}" if self.port else ""
+        return f"GET {self.path}{where}" if self.path else f"TCP connect{where}"
+
+
 class Service(msgspec.Struct, frozen=True):
     """A name, its frontends and how a backend is chosen for a client.
 
@@ -233,6 +254,7 @@ class Service(msgspec.Struct, frozen=True):
     `intents`: what it says for :func:`intent_for`, each protocol and trigger at most once.
     `splice`: None is off unless the client's namespace or cgroup is opted in; OFF is always off.
     `splice_limits` are for what is spliced by it.
+    `health`: how its active backends are checked; None: they are not.
     """
 
     name: str
@@ -245,6 +267,7 @@ class Service(msgspec.Struct, frozen=True):
     intents: tuple[IntentRule, ...] = ()
     splice: Splice | None = None
     splice_limits: SpliceLimits = SpliceLimits()
+    health: HealthCheck | None = None
 
 
 class PolicyAction(StrEnum):

@@ -147,9 +147,10 @@ def test_bad_input(node: Sandbox) -> None:
 
 
 def test_what_is_ignored_is_said(node: Sandbox) -> None:
-    result = plan(node, compact(web=WEB | {"health": {"http": {"path": "/"}}}, local=LOCAL))
-    assert result.returncode == 0
-    assert "health" in result.stderr
+    mixed = WEB | {"backends": ["[fd00::1]:80"]}
+    result = plan(node, compact(web=mixed, local=LOCAL))
+    assert result.returncode == 1
+    assert "has no backend: IPv6 ones cannot serve an IPv4 frontend" in result.stderr
 
 
 def test_against_nothing(sandbox: Sandbox) -> None:

@@ -12,6 +12,7 @@ from sockhop.model import (
     BackendState,
     Clients,
     Frontend,
+    HealthCheck,
     Intent,
     IntentKind,
     IntentRule,
@@ -76,6 +77,7 @@ def test_the_full_example(tmp_path: Path) -> None:
                 IntentRule(Protocol.UDP, Trigger.REMOVED, Intent(IntentKind.RESTEER)),
             ),
             splice=Splice.AUTO,
+            health=HealthCheck("/health"),
         ),
         Service(
             "web",
@@ -92,9 +94,7 @@ def test_the_full_example(tmp_path: Path) -> None:
             ),
         ),
     )
-    assert loaded.warnings == (
-        f"{tmp_path}/m.yaml: service dns: health is checked but not applied by this version",
-    )
+    assert not loaded.warnings
 
 
 def test_no_services_and_no_backends(tmp_path: Path) -> None:
@@ -338,7 +338,19 @@ DURATION = 'a duration such as "500ms", "30s", "5m", "3h" or "1d"'
             "splice.budget: found '1GiB', "
             'expected a size from "1KiB" to "99MiB", such as "256KiB"',
         ),
-        ({"health": {}}, "health.http: found nothing, expected a mapping"),
+        ({"health": {}}, "health: found none of http and tcp, expected one of http, tcp"),
+        (
+            {"health": {"tcp": {}, "http": {"path": "/"}}},
+            "health: found http and tcp, expected one of http, tcp",
+        ),
+        (
+            {"health": {"tcp": {"port": 0}}},
+            "health.tcp.port: found 0, expected a port from 1 to 65535",
+        ),
+        (
+            {"health": {"tcp": {}, "interval": "99ms"}},
+            "health.interval: found '99ms', expected at least 100ms",
+        ),
         (
             {"health": {"http": {"path": "health"}}},
             "health.http.path: found 'health', expected an HTTP path such as \"/health\"",
@@ -410,14 +422,11 @@ def test_limits_of_splicing(tmp_path: Path) -> None:
     assert (said.splice, said.splice_limits) == (Splice.OFF, SpliceLimits(leave_after=2 << 20))
 
 
-def test_everything_unapplied_is_in_one_warning(tmp_path: Path) -> None:
-    fields: dict[str, Any] = {
-        "splice": "on",
-        "health": {"http": {"path": "/"}},
-        "clients": {"namespaces": ["/run/netns/a"], "cgroups": ["/a.slice"], "exclude": ["/b"]},
-    }
-    (warning,) = load_text(tmp_path, json.dumps(compact(**fields))).warnings
-    assert warning.endswith("service web: health is checked but not applied by this version")
+def test_health(tmp_path: Path) -> None:
+    assert one(tmp_path, health={"http": {"path": "/up"}}).health == HealthCheck("/up")
+    said = {"tcp": {"port": 81}, "interval": "2m", "timeout": "500ms", "rise": 1, "fall": 9}
+    assert one(tmp_path, health=said).health == HealthCheck("", 81, 120.0, 0.5, 1, 9)
+    assert one(tmp_path).health is None
 
 
 def test_intents(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ BEYOND_THE_SCHEMA = (
     "expected each backend once",
     "expected whole seconds, from 1s to 1d",
     "expected no less than the time to drain",
+    "expected at least 100ms",
     "expected an IPv4 or IPv6 network",
     "expected a network in",
     "expected a port from 1 to 65535 or a range",
@@ -129,6 +130,14 @@ CLIENTS = form(
 )
 MODES = st.sampled_from(["auto", "on", "off", True, False])
 SIZES = st.sampled_from(["1KiB", "256KiB", "9999KiB", "1MiB", "99MiB"])
+PORTS = {"port": st.integers(1, 65535)}
+HTTP_CHECKS = form({"path": st.from_regex(r"\A/[!-~]{0,9}\Z")}, PORTS)
+HEALTH = {
+    "interval": st.integers(100, 999_999).map("{}ms".format),
+    "timeout": DURATIONS,
+    "rise": st.integers(1, 1000),
+    "fall": st.integers(1, 1000),
+}
 SERVICES = form(
     {
         "name": NAMES,
@@ -148,10 +157,7 @@ SERVICES = form(
         "sessionAffinity": form({"clientIP": form({}, {"timeout": AFFINITIES})}, {}),
         "intent": form({}, {"tcp": TRIGGERS, "udp": TRIGGERS}),
         "splice": MODES | form({"mode": MODES}, {"budget": SIZES, "leaveAfter": SIZES}),
-        "health": form(
-            {"http": form({"path": st.from_regex(r"\A/[!-~]{0,9}\Z")}, {})},
-            {"interval": DURATIONS, "rise": st.integers(1, 1000), "fall": st.integers(1, 1000)},
-        ),
+        "health": form({"http": HTTP_CHECKS}, HEALTH) | form({"tcp": form({}, PORTS)}, HEALTH),
         "clients": CLIENTS,
     },
 )
@@ -278,6 +284,7 @@ def test_good_documents_are_taken_by_both(document: dict[str, Any]) -> None:
 @example(compact(splice={"mode": "on", "budget": "0KiB"}))
 @example(compact(splice={"mode": "on", "leaveAfter": "100MiB"}))
 @example(compact(health={"http": {"path": "/é"}}))
+@example(compact(health={"http": {"path": "/"}, "tcp": {}}))
 @example(compact(clients={"cgroups": ["/é"]}))
 @example(compact(clients={"cgroups": ["/\x7f"]}))
 def test_bad_documents_are_refused_by_both(document: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from sockhop import __version__
 from sockhop.agent.brake import Limits
 from sockhop.agent.coexist import Coexistence, refuse_rivals
 from sockhop.agent.events import EventLog, events_path
+from sockhop.agent.health import HealthKeeper
 from sockhop.agent.installer import Installer
 from sockhop.agent.notify import notify, watchdog_interval
 from sockhop.agent.orders import now
@@ -33,6 +34,7 @@ from sockhop.errors import InputError, SystemLackError
 from sockhop.kernel.bpffs import lock_directory
 from sockhop.kernel.cgroups import open_cgroup
 from sockhop.kernel.netns import current_cookie
+from sockhop.model import BackendState
 from sockhop.sources.files import FileSource, Loaded
 from sockhop.sources.watch import FileWatcher
 
@@ -101,7 +103,7 @@ def run_agent(options: AgentOptions) -> None:
             )
             agent = _Agent(options, sources, balancer, installer, state, terminator)
             agent.sync.note_source(first)
-            agent.sync.apply(first)
+            agent.sync.apply(agent.health.mark(first))
             balancer.attach(cgroup)
             agent.splice(stack)
         except BaseException:
@@ -169,8 +171,16 @@ class _Agent:
         self._orders_changed = asyncio.Event()
         self._watching = Watching(EventLog(events_path(options.api)), options.watch_every)
         state.watch = self._watching.state
+        self.health = HealthKeeper(
+            self._wake.set,
+            (
+                member
+                for member, known in installer.installed.members.items()
+                if known.backend.state is BackendState.QUARANTINED
+            ),
+        )
         self.sync = Synchronizer(
-            sources.load, installer, terminator.policies, state, current_cookie(), terminator
+            self._load, installer, terminator.policies, state, current_cookie(), terminator
         )
 
     def splice(self, stack: ExitStack) -> None:
@@ -221,6 +231,9 @@ class _Agent:
             notify(status) if ready else notify("READY=1", status)
             ready = True
 
+    def _load(self) -> Loaded:
+        return self.health.mark(self._sources.load())
+
     def _on_change(self, watcher: FileWatcher) -> None:
         try:
             changed = watcher.changed()
@@ -237,6 +250,7 @@ class _Agent:
 
     def _known_state(self) -> AgentState:
         self._state.termination = self._terminator.state()
+        self._state.health = self.health.state()
         return self._state
 
     def _approve(self, changes: Sequence[int] | None) -> Sequence[HeldChange]:
@@ -286,6 +300,7 @@ class _Agent:
             asyncio.create_task(self._follow_places()),
             asyncio.create_task(self._terminate()),
             asyncio.create_task(self._sweep()),
+            asyncio.create_task(self.health.run()),
         ]
         if self._sources.coexistence:
             tasks.append(asyncio.create_task(self._follow_cilium(self._sources.coexistence)))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from sockhop.agent.client import RunningAgent
 from sockhop.agent.coexist import Coexistence
+from sockhop.agent.health import with_quarantine
 from sockhop.agent.places import PlaceFinder
 from sockhop.agent.policies import enforceable, table_of
 from sockhop.agent.policy_table import PolicyTable
@@ -43,7 +44,9 @@ def want(paths: Sequence[Path], agent: RunningAgent | None, node_name: str = "")
     loaded = load(paths, node_name=node_name)
     if agent is not None and agent.state.source.coexist:
         loaded = Coexistence().leave_out(loaded)
-    meant, home, places = enforceable(loaded.desired), _home(agent), PlaceFinder()
+    found_unhealthy = agent.state.health.unhealthy if agent else ()
+    meant = enforceable(with_quarantine(loaded.desired, found_unhealthy))
+    home, places = _home(agent), PlaceFinder()
     found = places.find(with_redirects(meant))
     desired = with_redirects(meant, found)
     target = expand(desired, home, found)

@@ -14,7 +14,7 @@ from sockhop.agent.installed import map_usage
 from sockhop.agent.installer import Installer
 from sockhop.agent.policy_installer import read_policies
 from sockhop.agent.splices import count_splices
-from sockhop.agent.state import AgentState, Termination
+from sockhop.agent.state import AgentState, HealthState, Termination
 from sockhop.agent.target import split_service_port
 from sockhop.agent.terminate import Terminator
 from sockhop.agent.watching import Watching
@@ -23,7 +23,7 @@ from sockhop.datapath.policies import PolicyMaps, PolicySetting
 from sockhop.datapath.records import Setting, Total
 from sockhop.diagnose.watch import Watch
 from sockhop.errors import InputError
-from sockhop.model import Protocol
+from sockhop.model import Protocol, endpoint
 
 __all__ = ["AgentCollector", "metrics_application", "serve_metrics"]
 
@@ -59,6 +59,7 @@ class AgentCollector(Collector):
         yield from self._termination(state.termination)
         yield from self._splices(state)
         yield from self._findings()
+        yield from _health(state.health)
         yield from self._sources(state)
 
     def _connects(self) -> Iterator[Metric]:
@@ -222,6 +223,20 @@ class AgentCollector(Collector):
             ("backends", "Backends that the services name.", state.backends),
         ):
             yield GaugeMetricFamily(f"sockhop_{name}", text, value=float(value))
+
+
+def _health(state: HealthState) -> Iterator[Metric]:
+    yield GaugeMetricFamily(
+        "sockhop_health_checked_backends", "Backends that are checked.", value=state.checked
+    )
+    family = GaugeMetricFamily(
+        "sockhop_backend_unhealthy",
+        "1 for each backend that is quarantined since its checks fail.",
+        labels=["service", "backend"],
+    )
+    for found in state.unhealthy:
+        family.add_metric([found.service, endpoint(found.address, found.port)], 1)
+    yield family
 
 
 def metrics_application(collector: AgentCollector, state: AgentState) -> web.Application:

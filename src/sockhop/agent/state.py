@@ -8,12 +8,14 @@ from sockhop.diagnose.causes import Finding
 
 __all__ = [
     "AgentState",
+    "HealthState",
     "HeldChange",
     "PolicyState",
     "SourceState",
     "SplicingState",
     "Termination",
     "WatchState",
+    "UnhealthyBackend",
 ]
 
 
@@ -102,6 +104,23 @@ class WatchState(msgspec.Struct):
     findings: list[Finding] = []
 
 
+class UnhealthyBackend(msgspec.Struct):
+    """A backend that is quarantined since its checks fail; `since` in Unix seconds."""
+
+    service: str
+    address: str
+    port: int
+    reason: str
+    since: float
+
+
+class HealthState(msgspec.Struct):
+    """How many backends are checked, and which of them are unhealthy, once for each service."""
+
+    checked: int = 0
+    unhealthy: list[UnhealthyBackend] = []
+
+
 class AgentState(msgspec.Struct):
     """A running agent."""
 
@@ -122,6 +141,7 @@ class AgentState(msgspec.Struct):
     termination: Termination = msgspec.field(default_factory=Termination)
     splicing: SplicingState = msgspec.field(default_factory=SplicingState)
     watch: WatchState = msgspec.field(default_factory=WatchState)
+    health: HealthState = msgspec.field(default_factory=HealthState)
 
     @property
     def healthy(self) -> bool:

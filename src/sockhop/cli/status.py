@@ -10,6 +10,7 @@ from sockhop.agent.state import AgentState, SplicingState, WatchState
 from sockhop.cli.approve import held_text
 from sockhop.cli.options import api_path, bpffs_path, cgroup_path, global_options, output_option
 from sockhop.cli.output import age, counted, print_value, table
+from sockhop.model import endpoint
 
 __all__ = ["command"]
 
@@ -178,6 +179,12 @@ def _agent_lines(agent: AgentState | None) -> list[tuple[str, str]]:
     ]
     found = agent.termination
     lines += [("HELD (sockhop approve)", held_text(change)) for change in found.held]
+    for backend in agent.health.unhealthy:
+        where = f"{endpoint(backend.address, backend.port)} of {backend.service}"
+        lines.append(("UNHEALTHY", f"{where}: {backend.reason}, for {age(now - backend.since)}"))
+    if agent.health.checked:
+        checked = counted(agent.health.checked, "backend")
+        lines.append(("health", f"{checked} checked, {len(agent.health.unhealthy)} unhealthy"))
     if found.draining:
         lines.append(("draining", counted(found.draining, "socket")))
     if found.parked:

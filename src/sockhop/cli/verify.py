@@ -84,9 +84,11 @@ class _Manifests:
 
     def target(self) -> "Target":
         """Return what they ask for now."""
+        from sockhop.agent.client import ask_agent  # noqa: PLC0415
         from sockhop.agent.desired import agent_paths, want  # noqa: PLC0415
 
         if self._given is None and self._agent is not None:
+            self._agent = ask_agent(api_path()) or self._agent  # health may have changed
             paths = agent_paths(self._agent)
             self._last = want(paths, self._agent, self._agent.state.source.node_name)
         assert self._last is not None

@@ -31,6 +31,7 @@ from sockhop.sources.fields import (
     parse_host,
     shown,
 )
+from sockhop.sources.health import HealthForm, read_health
 from sockhop.sources.intents import IntentForm, read_intents
 from sockhop.sources.splices import SpliceForm, read_splice
 
@@ -63,15 +64,10 @@ _PROTOCOLS = {
 }
 _ENDPOINT = '"address:port" with a port from 1 to 65535'
 _FRONTEND = f"{_ENDPOINT}, then nothing or one of /tcp, /udp, /tcp+udp"
-_UNAPPLIED = ("health",)
 
-UrlPath = Annotated[
-    str, Meta(pattern=r"^/[!-~]*\Z", description='an HTTP path such as "/health", without blanks')
-]
 Weight = Annotated[
     int, Meta(ge=0, le=WEIGHT_MAX, description=f"a whole number from 0 to {WEIGHT_MAX}")
 ]
-Times = Annotated[int, Meta(ge=1, le=1000, description="a whole number from 1 to 1000")]
 
 
 class BackendForm(Struct, frozen=True, forbid_unknown_fields=True, gc=False):
@@ -92,21 +88,6 @@ class SessionAffinity(Struct, frozen=True, forbid_unknown_fields=True):
     """By what clients are told apart: their address."""
 
     client_ip: ClientAffinity = field(name="clientIP")
-
-
-class HttpCheck(Struct, frozen=True, forbid_unknown_fields=True, gc=False):
-    """A request that a healthy backend answers."""
-
-    path: UrlPath
-
-
-class Health(Struct, frozen=True, forbid_unknown_fields=True):
-    """A check, how often, and after how many equal results it counts."""
-
-    http: HttpCheck
-    interval: Duration | UnsetType = UNSET
-    rise: Times | UnsetType = UNSET
-    fall: Times | UnsetType = UNSET
 
 
 class ServiceForm(Struct, frozen=True, forbid_unknown_fields=True):
@@ -137,7 +118,7 @@ class ServiceForm(Struct, frozen=True, forbid_unknown_fields=True):
     reserve: bool = False
     intent: IntentForm | UnsetType = UNSET
     splice: SpliceForm | UnsetType = UNSET
-    health: Health | UnsetType = UNSET
+    health: HealthForm | UnsetType = UNSET
     clients: ClientsForm | UnsetType = UNSET
 
 
@@ -203,6 +184,7 @@ def read_services(
                 () if form.intent is UNSET else read_intents(form.intent),
                 splice,
                 limits,
+                None if form.health is UNSET else read_health(form.health),
             )
         except FieldError as error:
             raise document.error(error.under(*path)) from None
@@ -312,7 +294,3 @@ def _ignored(form: ServiceForm, frontends: tuple[Frontend, ...]) -> Iterator[str
     for frontend in frontends:
         if form.backends and not frontend.backends:
             yield f"frontend {frontend} has no backend: IPv6 ones cannot serve an IPv4 frontend"
-    keys = [key for key in _UNAPPLIED if getattr(form, key) is not UNSET]
-    if keys:
-        verb = "is" if len(keys) == 1 else "are"
-        yield f"{', '.join(keys)} {verb} checked but not applied by this version"
