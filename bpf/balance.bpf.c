@@ -126,11 +126,11 @@ int sockhop_connect4(struct bpf_sock_addr *ctx)
 		return reject(EHOSTUNREACH);
 	case BALANCED:
 		rewrite4(ctx, choice.slot.address, choice.slot.port);
-		if (sockhop_denies_connect4(ctx))
+		if (is_denied_connect4(ctx))
 			return REJECT;
 		return let_go(ctx, &key, &frontend, &choice);
 	default:
-		return sockhop_denies_connect4(ctx) ? REJECT : ALLOW;
+		return is_denied_connect4(ctx) ? REJECT : ALLOW;
 	}
 }
 
@@ -150,11 +150,11 @@ int sockhop_connect6(struct bpf_sock_addr *ctx)
 		return reject(EHOSTUNREACH);
 	case BALANCED:
 		rewrite6(ctx, choice.slot.address, choice.slot.port);
-		if (sockhop_denies_connect6(ctx))
+		if (is_denied_connect6(ctx))
 			return REJECT;
 		return let_go(ctx, &key, &frontend, &choice);
 	default:
-		return sockhop_denies_connect6(ctx) ? REJECT : ALLOW;
+		return is_denied_connect6(ctx) ? REJECT : ALLOW;
 	}
 }
 
@@ -258,7 +258,7 @@ int sockhop_sendmsg4(struct bpf_sock_addr *ctx)
 	case BALANCED:
 		rewrite4(ctx, choice.slot.address, choice.slot.port);
 	default:
-		return sockhop_denies_sendmsg4(ctx) ? REJECT : ALLOW;
+		return is_denied_sendmsg4(ctx) ? REJECT : ALLOW;
 	}
 }
 
@@ -278,7 +278,7 @@ int sockhop_sendmsg6(struct bpf_sock_addr *ctx)
 	case BALANCED:
 		rewrite6(ctx, choice.slot.address, choice.slot.port);
 	default:
-		return sockhop_denies_sendmsg6(ctx) ? REJECT : ALLOW;
+		return is_denied_sendmsg6(ctx) ? REJECT : ALLOW;
 	}
 }
 

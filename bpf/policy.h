@@ -57,6 +57,15 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } policies SEC(".maps");
 
+/* For those who ask why. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, __u64);
+	__type(value, struct denial);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} denials SEC(".maps");
+
 static __always_inline __u64 *policy_setting(__u32 which)
 {
 	return bpf_map_lookup_elem(&policy_settings, &which);
@@ -121,20 +130,23 @@ static __always_inline struct policy_verdict *verdict_on(const struct policy_net
 	return bpf_map_lookup_elem(&policy_ports, &key);
 }
 
-static __always_inline bool count_denied(const struct policy_verdict *verdict)
+static __always_inline int count_denied(const struct policy_verdict *verdict)
 {
 	__u32 id = READ_ONCE(verdict->policy);
 	struct policy *policy = bpf_map_lookup_elem(&policies, &id);
 
 	if (policy)
 		add(&policy->denied, 1);
-	return true;
+	return id;
 }
 
-/* Nothing is let through because a change is going on: what is not found is denied. `to` has the
- * address. It is not copied: a hook and what it calls have 512 bytes of stack.
+#define LOST (-1)
+
+/* The policy that denies it, or 0. Nothing is let through because a change is going on: what is not
+ * found is denied. `to` has the address. It is not copied: a hook and what it calls have 512 bytes
+ * of stack.
  */
-static __always_inline bool is_denied(struct bpf_sock_addr *ctx, struct policy_network *to,
+static __always_inline int who_denies(struct bpf_sock_addr *ctx, struct policy_network *to,
 				      __u16 port)
 {
 	__u64 *word = policy_setting(POLICY_WORD), *lost, now;
@@ -145,41 +157,41 @@ static __always_inline bool is_denied(struct bpf_sock_addr *ctx, struct policy_n
 	for (attempt = 0; word && attempt < ATTEMPTS; attempt++) {
 		now = READ_ONCE(*word);
 		if (!now)
-			return false;
+			return 0;
 		rules = rules_of(ctx, now);
 		if (!rules)
 			continue;
 		if (!READ_ONCE(*rules))
-			return false;
+			return 0;
 		to->prefixlen = FULL_NETWORK;
 		to->rules = READ_ONCE(*rules);
 		verdict = verdict_on(to, ctx->protocol, port);
 		if (verdict)
-			return READ_ONCE(verdict->denied) && count_denied(verdict);
+			return READ_ONCE(verdict->denied) ? count_denied(verdict) : 0;
 	}
 	lost = policy_setting(POLICY_LOST);
 	if (lost)
 		add(lost, 1);
-	return true;
+	return LOST;
 }
 
 /* To the unspecified address means to the socket's own, if it has one, else to the loopback one:
  * ip_route_output_key_hash_rcu() and tcp_v6_connect().
  */
-static __always_inline bool is_denied4(struct bpf_sock_addr *ctx, __be32 source)
+static __always_inline int who_denies4(struct bpf_sock_addr *ctx, __be32 source)
 {
 	struct policy_network to = { .address = { 0, 0, MAPPED, ctx->user_ip4 } };
 
 	if (!to.address[3]) {
 		/* A connected socket that sends with control data: it has been let through. */
 		if (!ctx->user_port)
-			return false;
+			return 0;
 		to.address[3] = source ?: LOOPBACK4;
 	}
-	return is_denied(ctx, &to, bpf_ntohs(ctx->user_port));
+	return who_denies(ctx, &to, bpf_ntohs(ctx->user_port));
 }
 
-static __always_inline bool is_denied6(struct bpf_sock_addr *ctx, const __be32 *source)
+static __always_inline int who_denies6(struct bpf_sock_addr *ctx, const __be32 *source)
 {
 	struct policy_network to = { .address = { ctx->user_ip6[0], ctx->user_ip6[1],
 						  ctx->user_ip6[2], ctx->user_ip6[3] } };
@@ -187,7 +199,7 @@ static __always_inline bool is_denied6(struct bpf_sock_addr *ctx, const __be32 *
 
 	if (!address[0] && !address[1] && !address[2] && !address[3]) {
 		if (!ctx->user_port)
-			return false;
+			return 0;
 		if (is_mapped(source)) {
 			address[2] = MAPPED;
 			address[3] = LOOPBACK4;
@@ -197,18 +209,18 @@ static __always_inline bool is_denied6(struct bpf_sock_addr *ctx, const __be32 *
 	} else if (is_mapped(address) && !address[3]) {
 		address[3] = is_mapped(source) && source[3] ? source[3] : LOOPBACK4;
 	}
-	return is_denied(ctx, &to, bpf_ntohs(ctx->user_port));
+	return who_denies(ctx, &to, bpf_ntohs(ctx->user_port));
 }
 
 /* Functions of their own, which the verifier looks at once. */
 __noinline int sockhop_denies_connect4(struct bpf_sock_addr *ctx)
 {
-	return is_denied4(ctx, ctx->sk ? ctx->sk->src_ip4 : 0);
+	return who_denies4(ctx, ctx->sk ? ctx->sk->src_ip4 : 0);
 }
 
 __noinline int sockhop_denies_sendmsg4(struct bpf_sock_addr *ctx)
 {
-	return is_denied4(ctx, ctx->msg_src_ip4);
+	return who_denies4(ctx, ctx->msg_src_ip4);
 }
 
 __noinline int sockhop_denies_connect6(struct bpf_sock_addr *ctx)
@@ -222,7 +234,7 @@ __noinline int sockhop_denies_connect6(struct bpf_sock_addr *ctx)
 		source[2] = READ_ONCE(sk->src_ip6[2]);
 		source[3] = READ_ONCE(sk->src_ip6[3]);
 	}
-	return is_denied6(ctx, source);
+	return who_denies6(ctx, source);
 }
 
 __noinline int sockhop_denies_sendmsg6(struct bpf_sock_addr *ctx)
@@ -230,7 +242,66 @@ __noinline int sockhop_denies_sendmsg6(struct bpf_sock_addr *ctx)
 	__be32 source[4] = { ctx->msg_src_ip6[0], ctx->msg_src_ip6[1], ctx->msg_src_ip6[2],
 			     ctx->msg_src_ip6[3] };
 
-	return is_denied6(ctx, source);
+	return who_denies6(ctx, source);
+}
+
+static __always_inline int note(struct bpf_sock_addr *ctx, struct denial *denial, int who)
+{
+	__u64 cookie = bpf_get_socket_cookie(ctx);
+
+	denial->when = bpf_ktime_get_boot_ns();
+	denial->netns = bpf_get_netns_cookie(ctx);
+	denial->policy = who == LOST ? 0 : who;
+	denial->pid = bpf_get_current_pid_tgid() >> 32;
+	denial->port = bpf_ntohs(ctx->user_port);
+	denial->protocol = ctx->protocol;
+	bpf_map_update_elem(&denials, &cookie, denial, BPF_ANY);
+	return 1;
+}
+
+/* Called by the hook, after who was asked: a function that is called calls no other one. */
+__noinline int sockhop_note4(struct bpf_sock_addr *ctx, int who, __u8 datagram)
+{
+	struct denial denial = { .address = { 0, 0, MAPPED, ctx->user_ip4 }, .datagram = datagram };
+
+	return note(ctx, &denial, who);
+}
+
+__noinline int sockhop_note6(struct bpf_sock_addr *ctx, int who, __u8 datagram)
+{
+	struct denial denial = { .address = { ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2],
+					      ctx->user_ip6[3] },
+				 .datagram = datagram };
+
+	return note(ctx, &denial, who);
+}
+
+static __always_inline bool is_denied_connect4(struct bpf_sock_addr *ctx)
+{
+	int who = sockhop_denies_connect4(ctx);
+
+	return who && sockhop_note4(ctx, who, 0);
+}
+
+static __always_inline bool is_denied_connect6(struct bpf_sock_addr *ctx)
+{
+	int who = sockhop_denies_connect6(ctx);
+
+	return who && sockhop_note6(ctx, who, 0);
+}
+
+static __always_inline bool is_denied_sendmsg4(struct bpf_sock_addr *ctx)
+{
+	int who = sockhop_denies_sendmsg4(ctx);
+
+	return who && sockhop_note4(ctx, who, 1);
+}
+
+static __always_inline bool is_denied_sendmsg6(struct bpf_sock_addr *ctx)
+{
+	int who = sockhop_denies_sendmsg6(ctx);
+
+	return who && sockhop_note6(ctx, who, 1);
 }
 
 #endif /* SOCKHOP_POLICY_H */

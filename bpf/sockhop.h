@@ -313,6 +313,19 @@ struct policy {
 	__u8 pad[7];
 };
 
+/* What a policy has denied a socket last; the key is its cookie. */
+struct denial {
+	__be32 address[4]; /* after balancing */
+	__u64 when; /* CLOCK_BOOTTIME, ns */
+	__u64 netns; /* cookie */
+	__u32 policy; /* 0: its rules were not found */
+	__u32 pid; /* of who called, as the first namespace of process ids numbers it */
+	__u16 port;
+	__u8 protocol;
+	__u8 datagram; /* sent, not connected */
+	__u8 pad[4];
+};
+
 /* A backend of a service: never another one, since ids are never given twice. */
 struct pair {
 	__u32 service;

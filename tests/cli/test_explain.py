@@ -114,7 +114,7 @@ def test_every_way_to_name_a_socket(node: Node) -> None:
         assert (status, told) == (0, {
             "protocol": "TCP", "state": "ESTAB", "local": local, "remote": TCP_BACKEND,
             "peer_name": f"{WEB}:80", "balanced": True, "datagrams": [], "reasons": [],
-            "events": [],
+            "denied": None, "events": [],
             "processes": [f"{comm}/{os.getpid()} fd {client.fileno()}"], "cookie": cookie,
             "inode": os.fstat(client.fileno()).st_ino,
             "netns": Path("/proc/thread-self/ns/net").stat().st_ino,

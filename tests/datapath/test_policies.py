@@ -182,11 +182,11 @@ def test_the_backend_counts_not_the_frontend(policed: Policed, node: Node, kind:
 
 
 MUTANT_BEFORE_BALANCING = {
-    "tcp": ("if (sockhop_denies_connect4(ctx))\n\t\t\treturn REJECT;", ""),
+    "tcp": ("if (is_denied_connect4(ctx))\n\t\t\treturn REJECT;", ""),
     "sendto": ("rewrite4(ctx, choice.slot.address, choice.slot.port);\n\tdefault:\n"
-               "\t\treturn sockhop_denies_sendmsg4(ctx) ? REJECT : ALLOW;",
+               "\t\treturn is_denied_sendmsg4(ctx) ? REJECT : ALLOW;",
                "rewrite4(ctx, choice.slot.address, choice.slot.port);\n\t\treturn ALLOW;\n"
-               "\tdefault:\n\t\treturn sockhop_denies_sendmsg4(ctx) ? REJECT : ALLOW;"),
+               "\tdefault:\n\t\treturn is_denied_sendmsg4(ctx) ? REJECT : ALLOW;"),
 }  # fmt: skip
 
 

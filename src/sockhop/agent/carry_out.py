@@ -15,13 +15,15 @@ from sockhop.agent.orders import Order, Orders, Standing, now
 from sockhop.agent.record import Cause, Recorder
 from sockhop.agent.target import Member, split_service_port
 from sockhop.datapath.balancer import BalanceMaps
+from sockhop.datapath.candidates import active_backends
 from sockhop.datapath.ending import Engine, Outcome
 from sockhop.datapath.progress import probe_peers
 from sockhop.datapath.records import FrontendKey, Setting, Total
 from sockhop.datapath.resteer import Obstacle
 from sockhop.datapath.sockets import Pair, Socket, Sockets
 from sockhop.errors import SockhopError
-from sockhop.model import BackendState, IntentKind, Protocol, Trigger
+from sockhop.kernel.cgroups import cgroups_above
+from sockhop.model import IntentKind, Protocol, Trigger
 
 __all__ = ["SLOW", "Carrier", "Reach"]
 
@@ -36,6 +38,8 @@ SLOW = 30.0
 
 _PROTOCOLS = {protocol.number: protocol for protocol in Protocol}
 _Causes: TypeAlias = Mapping[Pair, Cause]
+_Dialled: TypeAlias = tuple[FrontendKey, int, int]
+"""With the cookie of the network namespace and the id of the cgroup of who dialled."""
 
 Mover = Callable[[Sequence[Socket]], Iterable[Outcome]]
 """Points connected UDP sockets at another backend."""
@@ -178,9 +182,10 @@ class Carrier:
         self, orders: Sequence[Order], sockets: Mapping[Pair, Sequence[Socket]], causes: _Causes
     ) -> Iterator[tuple[Outcome, Cause]]:
         ready: list[Socket] = []
+        there: dict[_Dialled, bool] = {}
         for order in orders:
             mine = sockets.get(order.pair, ())
-            able = [each for each in mine if self._has_backend(each)]
+            able = [each for each in mine if self._has_backend(each, there)]
             self._park(order, len(mine) - len(able))
             ready += able
         yield from _with_causes(self._move(ready) if ready else (), causes)
@@ -232,18 +237,21 @@ class Carrier:
                 found[each.pair].append(each)
         return found
 
-    def _has_backend(self, each: Socket) -> bool:
-        """Whether what a socket dialled has an active backend, so that it could go there."""
-        origin, entries = each.origin, self._installer.installed.entries
+    def _has_backend(self, each: Socket, known: dict[_Dialled, bool]) -> bool:
+        """Whether what a socket dialled has an active backend, so that it could go there.
+
+        That may be a redirect's by now. *known* keeps what has been looked up.
+        """
+        origin = each.origin
         if origin is None or self._maps.setting(Setting.BYPASS):
             return False
-        key = FrontendKey(
-            origin.frontend_address, origin.netns, origin.frontend_port, origin.protocol
-        )
-        found = entries.get(key) or entries.get(key._replace(netns=0))
-        return found is not None and any(
-            backend.state is BackendState.ACTIVE for backend in found.entry.backends
-        )
+        end = FrontendKey(origin.frontend_address, 0, origin.frontend_port, origin.protocol)
+        dialled = end, origin.netns, each.cgroup
+        if dialled not in known:
+            groups = cgroups_above(each.cgroup) if self._maps.setting(Setting.REDIRECTS) else ()
+            found = self._maps.find_for(end, origin.netns, groups)
+            known[dialled] = bool(found and active_backends(self._maps, found[1]))
+        return known[dialled]
 
     def _park(self, order: Order, count: int) -> None:
         """Note that sockets wait for a backend; the first time it is an event."""

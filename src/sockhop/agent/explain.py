@@ -2,6 +2,7 @@
 
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import NamedTuple
 
 import msgspec
 
+from sockhop.agent.denied import Denied, DeniedLately
 from sockhop.agent.events import Event, EventLog
 from sockhop.agent.find_socket import FoundSocket, cookie_of, find_socket
 from sockhop.agent.installed import read_services
 from sockhop.agent.reasons import Case, reasons_against, socket_cgroup
+from sockhop.agent.state import PolicyState
 from sockhop.agent.target import split_service_port
 from sockhop.datapath.balancer import BalanceMaps
 from sockhop.datapath.memory import Peer, SocketMemory
@@ -20,6 +23,7 @@ from sockhop.datapath.records import (
     REASONS,
     STATES,
     FrontendKey,
+    Layer,
     Provenance,
     Setting,
     word_generation,
@@ -70,8 +74,8 @@ class Explanation(msgspec.Struct):
     """All that is known of a socket. `remote` is the real peer, "" without one.
 
     `peer_name` is what getpeername() gives, "" without a peer; `reasons` say why it is not
-    balanced; `origin` is also there if the socket has left that backend since. `inode` is 0 where
-    no program has the socket open.
+    balanced; `origin` is also there if the socket has left that backend since. `denied`: what a
+    policy denied it last. `inode` is 0 where no program has the socket open.
     """
 
     protocol: str
@@ -82,6 +86,7 @@ class Explanation(msgspec.Struct):
     balanced: bool
     origin: Origin | None
     datagrams: list[DatagramRow]
+    denied: Denied | None
     reasons: list[str]
     processes: list[str]
     cookie: int
@@ -104,12 +109,19 @@ def history(text: str, log: EventLog) -> History | None:
     return History(cookie, events) if cookie and events else None
 
 
-def explain(text: str, pins: Path, cgroup: Path) -> Explanation:
+def explain(
+    text: str, pins: Path, cgroup: Path, policies: Sequence[PolicyState] = ()
+) -> Explanation:
     """Explain the socket that *text* names, see :func:`find_socket`, which raises the errors.
 
-    *cgroup* is where the hooks are if they have no links. NotInstalled without maps.
+    *cgroup* is where the hooks are if they have no links; *policies*: what a running agent says of
+    them. NotInstalled without maps.
     """
-    with BalanceMaps(pins) as maps, SocketMemory(pins) as memory:
+    with (
+        BalanceMaps(pins) as maps,
+        SocketMemory(pins) as memory,
+        DeniedLately(pins, policies) as lately,
+    ):
         found = find_socket(text, pins)
         known = _recall(found, memory, pins)
         names = _Names(maps)
@@ -123,6 +135,11 @@ def explain(text: str, pins: Path, cgroup: Path) -> Explanation:
             translated = current and not maps.setting(Setting.BYPASS)
             peer_name = _frontend_end(origin) if origin and translated else remote
         group = socket_cgroup(found)
+        denied = lately.of(found.socket.cookie)
+        reasons = [] if balanced else list(reasons_against(case))
+        # Of one that is connected by now it says nothing any more.
+        if denied and not balanced and not found.socket.remote_port:
+            reasons.insert(0, denied.reason)
         return Explanation(
             protocol=_PROTOCOLS[found.socket.protocol],
             state=TCP_STATES[found.socket.state - 1],
@@ -131,8 +148,9 @@ def explain(text: str, pins: Path, cgroup: Path) -> Explanation:
             peer_name=peer_name,
             balanced=balanced,
             origin=names.origin(origin) if origin else None,
-            datagrams=names.datagrams(known.peers, found.netns_cookie),
-            reasons=[] if balanced else list(reasons_against(case)),
+            datagrams=names.datagrams(known.peers),
+            denied=denied,
+            reasons=reasons,
             processes=[f"{holder} fd {holder.fd}" for holder in found.holders],
             cookie=found.socket.cookie,
             inode=found.socket.inode,
@@ -212,11 +230,11 @@ class _Names:
             generation_now=self._generation(origin),
         )
 
-    def datagrams(self, peers: list[Peer], netns_cookie: int) -> list[DatagramRow]:
+    def datagrams(self, peers: list[Peer]) -> list[DatagramRow]:
         latest = max((peer.used for peer in peers), default=0)
         return [
             DatagramRow(
-                *split_service_port(self._service_at(peer, netns_cookie)),
+                *split_service_port(self._service_of(peer.backend)),
                 frontend=f"{_end(peer.frontend_address, peer.frontend_port)}/udp",
                 backend=_end(peer.backend_address, peer.backend_port),
                 backend_id=peer.backend,
@@ -231,13 +249,13 @@ class _Names:
         return "gone" if record is None else STATES[record.state]
 
     def _generation(self, origin: Provenance) -> int:
-        key = FrontendKey(origin.frontend_address, 0, origin.frontend_port, origin.protocol)
-        found = self._maps.find_frontend(key, origin.netns)
-        if found is None or found[1].id != origin.frontend:
-            return 0
-        return word_generation(self._maps.words.get(origin.frontend) or 0)
+        for layer in Layer:
+            end = origin.frontend_address, 0, origin.frontend_port, origin.protocol, layer
+            found = self._maps.find_frontend(FrontendKey(*end), origin.netns)
+            if found and found[1].id == origin.frontend:
+                return word_generation(self._maps.words.get(origin.frontend) or 0)
+        return 0
 
-    def _service_at(self, peer: Peer, netns_cookie: int) -> str:
-        key = FrontendKey(peer.frontend_address, 0, peer.frontend_port, Protocol.UDP.number)
-        found = self._maps.find_frontend(key, netns_cookie)
-        return self._services.get(found[1].service, "") if found else ""
+    def _service_of(self, backend: int) -> str:
+        record = self._maps.backends.get(backend)
+        return self._services.get(record.service, "") if record else ""

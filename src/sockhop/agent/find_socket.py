@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
@@ -13,17 +14,26 @@ from typing import NamedTuple, TypeAlias
 from sockhop.datapath.sockets import TCP_STATES, Sockets
 from sockhop.errors import InputError, SockhopError
 from sockhop.kernel.netns import current_cookie, entered, inode
-from sockhop.kernel.procfs import Holder, find_holders, network_namespaces, socket_inode
+from sockhop.kernel.procfs import (
+    Holder,
+    borrowed,
+    find_holders,
+    network_namespaces,
+    socket_inode,
+)
 from sockhop.kernel.sockdiag import DiagSocket, list_sockets
+from sockhop.kernel.syscall import KernelError
 from sockhop.model import endpoint, pack_address, parse_address, unpack_address
 
-__all__ = ["FoundSocket", "cookie_of", "find_socket"]
+__all__ = ["FoundSocket", "cookie_at", "cookie_of", "endpoint_in", "find_socket"]
 
 _ENDPOINT = r"(?:\[[0-9A-Fa-f:.]+\]|[0-9.]+):\d+"
 _TUPLE = re.compile(rf"({_ENDPOINT})(?:(?:->|>|-)({_ENDPOINT}))?(?:/(tcp|udp))?")
 _NAMES = {socket.IPPROTO_TCP: "tcp", socket.IPPROTO_UDP: "udp"}
 _LISTEN = TCP_STATES.index("LISTEN") + 1
+_DESCRIPTOR = r"\d+:\d+"
 _SHOWN = 5
+_SO_COOKIE = 57
 
 _End: TypeAlias = tuple[bytes, int]
 
@@ -47,7 +57,7 @@ def find_socket(text: str, pins: Path) -> FoundSocket:
     REMOTE is the real peer or the frontend that was dialled. InputError where *text* is none of
     that or names several sockets, SockhopError where there is no such socket.
     """
-    if re.fullmatch(r"\d+:\d+", text):
+    if re.fullmatch(_DESCRIPTOR, text):
         found = _by_descriptor(*map(int, text.split(":")))
     elif (cookie := cookie_of(text)) is not None:
         found = _first(lambda each: each.cookie == cookie)
@@ -78,6 +88,25 @@ def cookie_of(text: str) -> int | None:
         return int(text)
     hexadecimal = re.fullmatch(r"(?:0x|sk:)([0-9A-Fa-f]+)", text)
     return int(hexadecimal[1], 16) if hexadecimal else None
+
+
+def cookie_at(text: str) -> int | None:
+    """Return the cookie of the socket that *text*, PID:FD, names, connected or not.
+
+    None for anything else, and where it cannot be had.
+    """
+    if not re.fullmatch(_DESCRIPTOR, text):
+        return None
+    pid, number = map(int, text.split(":"))
+    with suppress(KernelError, OSError), borrowed(Holder("", pid, number)) as own:
+        return int.from_bytes(own.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8), sys.byteorder)
+    return None
+
+
+def endpoint_in(text: str) -> tuple[bytes, int] | None:
+    """Return the far end that *text*, REMOTE or LOCAL>REMOTE, names; None for anything else."""
+    parts = None if re.fullmatch(_DESCRIPTOR, text) else _TUPLE.fullmatch(text)
+    return _end(parts[2] or parts[1]) if parts else None
 
 
 def _by_descriptor(pid: int, fd: int) -> list[_Place]:

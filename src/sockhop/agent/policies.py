@@ -98,6 +98,7 @@ def _policy_state(policy: Policy, places: PlaceFinder) -> PolicyState:
         list(map(str, policy.rules)),
         list(policy.refused),
         places.missing(policy.clients),
+        list(policy.rules),
     )
 
 

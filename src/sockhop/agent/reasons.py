@@ -19,11 +19,18 @@ from sockhop.datapath.records import (
     FrontendFlag,
     FrontendKey,
     FrontendRecord,
+    Layer,
     Provenance,
     Setting,
 )
 from sockhop.datapath.sockets import TCP_STATES
-from sockhop.kernel.cgroups import AttachType, cgroup_path, cgroup_root, open_cgroup
+from sockhop.kernel.cgroups import (
+    AttachType,
+    cgroup_path,
+    cgroup_root,
+    cgroups_above,
+    open_cgroup,
+)
 from sockhop.kernel.procfs import started_at
 from sockhop.kernel.syscall import KernelError
 from sockhop.model import Protocol, endpoint, unpack_address
@@ -76,22 +83,42 @@ def reasons_against(case: Case) -> Iterator[str]:
             )
         yield from _circumstances(case)
         return
+    yield from _of_its_peer(case)
+
+
+def _of_its_peer(case: Case) -> Iterator[str]:
+    """What its peer is instead of a backend that it was given."""
+    socket = case.found.socket
     peer = FrontendKey(socket.remote_address, 0, socket.remote_port, socket.protocol)
     text = endpoint(unpack_address(peer.address), peer.port)
-    frontend = case.maps.find_frontend(peer, case.found.netns_cookie)
+    frontend = case.maps.find_for(peer, case.found.netns_cookie, _lineage(case))
     if frontend is not None:
         name = read_services(case.maps).get(frontend[1].service, "?")
         yield f"its peer is {text} itself, a frontend of {name}: the connect was not translated"
         yield from _refusals(case, frontend[1])
         yield from _circumstances(case)
-    elif case.maps.frontends.get(peer) is not None:
+        return
+    if redirect := case.maps.find_frontend(
+        peer._replace(layer=Layer.REDIRECTS), case.found.netns_cookie
+    ):
+        name = read_services(case.maps).get(redirect[1].service, "?")
+        yield f"its peer is {text} itself, and {name} is not for it"
+        yield from _refusals(case, redirect[1])
+    elif any(case.maps.frontends.get(peer._replace(layer=layer)) for layer in Layer):
         yield f"its peer {text} is a frontend in other network namespaces only"
     elif services := sorted(_services_of(case.maps, peer)):
         yield f"its peer {text} is no frontend but a backend of {', '.join(services)}"
-        if origin is None:
+        if case.provenance is None:
             yield from _circumstances(case)
     else:
         yield f"its peer {text} is no frontend"
+
+
+def _lineage(case: Case) -> tuple[int, ...]:
+    """The ids of the socket's cgroup and those above it; () where that cannot be told."""
+    with suppress(KernelError):
+        return cgroups_above(case.found.socket.cgroup)
+    return ()
 
 
 def _services_of(maps: BalanceMaps, peer: FrontendKey) -> set[str]:
@@ -106,7 +133,7 @@ def _services_of(maps: BalanceMaps, peer: FrontendKey) -> set[str]:
 
 
 def _refusals(case: Case, frontend: FrontendRecord) -> Iterator[str]:
-    """Whom the service does not serve."""
+    """Whom the service, or the redirect, does not serve."""
     if not frontend.flags & FrontendFlag.CLIENTS:
         return
     group = socket_cgroup(case.found)

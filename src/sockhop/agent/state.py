@@ -5,6 +5,7 @@ import time
 import msgspec
 
 from sockhop.diagnose.causes import Finding
+from sockhop.model import Rule
 
 __all__ = [
     "AgentState",
@@ -38,7 +39,8 @@ class PolicyState(msgspec.Struct):
     """A policy or a redirect as the sources ask for it.
 
     `action`: allow, deny or redirect. `refused`: why none of it is enforced; `missing`: the
-    namespaces and cgroups of its clients that are not there.
+    namespaces and cgroups of its clients that are not there. `rules`: those of a policy, which
+    `targets` has as text.
     """
 
     name: str
@@ -47,6 +49,7 @@ class PolicyState(msgspec.Struct):
     targets: list[str]
     refused: list[str]
     missing: list[str]
+    rules: list[Rule] = []
 
 
 class HeldChange(msgspec.Struct):

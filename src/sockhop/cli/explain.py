@@ -16,12 +16,15 @@ from sockhop.cli.options import (
     output_option,
 )
 from sockhop.cli.output import age, print_value, table
-from sockhop.errors import SockhopError
+from sockhop.errors import InputError, SockhopError, SystemLackError
 
 if TYPE_CHECKING:
+    from sockhop.agent.denied import Denied
     from sockhop.agent.explain import DatagramRow, Explanation, History, Origin
 
 __all__ = ["command"]
+
+_SHOWN = 10
 
 
 @click.command(epilog="Example: sockhop explain '10.0.0.2:4312>10.96.0.10:80'")
@@ -38,22 +41,33 @@ def command(socket: str, output: str) -> int:
 
     Of a socket that sockhop has ended or moved, given its cookie, it says when, why and by which
     change, also when the socket is gone; then the status is 0.
+
+    Where a policy has denied a connect or a datagram (EPERM) it names the policy and its rule. The
+    socket may be closed by then: give what was dialled.
     """
     from sockhop.agent.client import ask_agent  # noqa: PLC0415 (slow to import)
+    from sockhop.agent.denied import DeniedLately  # noqa: PLC0415
     from sockhop.agent.events import EventLog, events_path  # noqa: PLC0415
     from sockhop.agent.explain import explain, history  # noqa: PLC0415
 
     agent = ask_agent(api_path())
     cgroup = Path(agent.state.cgroup) if agent else cgroup_path()
+    policies = agent.state.policies if agent else []
     log = EventLog(events_path(api_path()))
     try:
-        found = explain(socket, bpffs_path(), cgroup)
-    except SockhopError:
-        past = history(socket, log)
-        if past is None:
+        found = explain(socket, bpffs_path(), cgroup, policies)
+    except SockhopError as error:
+        if past := history(socket, log):
+            _print_history(past, output)
+            return 0
+        if isinstance(error, InputError | SystemLackError):
             raise
-        _print_history(past, output)
-        return 0
+        with DeniedLately(bpffs_path(), policies) as lately:
+            denied = lately.at(socket)
+        if not denied:
+            raise
+        _print_denied(denied, output)
+        return 1
     past = history(str(found.cookie), log)
     if output in ("json", "yaml"):
         print_value(msgspec.to_builtins(found) | {"events": past.events if past else []}, output)
@@ -73,6 +87,20 @@ def _print_history(past: "History", output: str) -> None:
     click.echo(table([*lines, ("cookie", str(past.cookie))]))
 
 
+def _print_denied(denied: "list[Denied]", output: str) -> None:
+    if output in ("json", "yaml"):
+        print_value({"denied": denied}, output)
+    else:
+        lines = [("denied", _denied_text(each)) for each in denied[:_SHOWN]]
+        if more := denied[_SHOWN:]:
+            lines.append(("", f"and {len(more):,} earlier"))
+        click.echo(table(lines))
+
+
+def _denied_text(denied: "Denied") -> str:
+    return f"{denied.at} ({age(denied.age)} ago), {denied.process}: {denied.reason}"
+
+
 def _lines(found: "Explanation") -> Iterator[tuple[str, str]]:
     peer = f" > {found.remote}" if found.remote else ""
     yield "socket", f"{found.local}{peer} {found.protocol} {found.state}"
@@ -81,6 +109,8 @@ def _lines(found: "Explanation") -> Iterator[tuple[str, str]]:
         yield "", f"and {reason}"
     if found.origin:
         yield from _origin_lines(found.origin)
+    if found.denied:
+        yield "denied", _denied_text(found.denied)
     for row in found.datagrams:
         yield "datagrams", _datagram_text(row)
     yield "getpeername", found.peer_name or "not connected"

@@ -14,6 +14,7 @@ from sockhop.kernel.objects import object_path
 
 __all__ = [
     "ClientKey",
+    "DenialRecord",
     "NetworkKey",
     "PolicyFlag",
     "PolicyMaps",
@@ -85,6 +86,22 @@ class PolicyRecord(NamedTuple):
     allows: int
 
 
+class DenialRecord(NamedTuple):
+    """What a socket was denied last, see struct denial; `when` in ns of CLOCK_BOOTTIME.
+
+    `policy` 0: its rules were not found. `pid` of who called, as the first namespace numbers it.
+    """
+
+    address: bytes
+    when: int
+    netns: int
+    policy: int
+    pid: int
+    port: int
+    protocol: int
+    datagram: int
+
+
 class PolicyMaps:
     """The maps of policies below a bpffs directory. They can be read without an agent."""
 
@@ -109,6 +126,10 @@ class PolicyMaps:
             self.policies: Map[int, PolicyRecord] = self._open(
                 "policies", U32, layouts.codec(PolicyRecord, "policy")
             )
+            self.denials: Map[int, DenialRecord] = self._open(
+                "denials", U64, layouts.codec(DenialRecord, "denial")
+            )
+            """By the socket's cookie; those of long ago make room."""
         except BaseException:
             self.close()
             raise

@@ -17,6 +17,7 @@ __all__ = [
     "Holder",
     "boot_time",
     "borrowed",
+    "command_of",
     "find_holders",
     "network_namespaces",
     "socket_inode",
@@ -54,7 +55,7 @@ def find_holders(inodes: Iterable[int]) -> dict[int, list[Holder]]:
         try:
             with os.scandir(process / "fd") as entries:
                 held = [(os.readlink(entry.path), entry.name) for entry in entries]
-            command = (process / "comm").read_text().strip()
+            command = command_of(int(process.name))
         except OSError:
             continue
         for target, number in held:
@@ -81,6 +82,11 @@ def network_namespaces() -> dict[int, Path]:
 def boot_time() -> float:
     """Return when CLOCK_BOOTTIME was 0, in Unix seconds."""
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def command_of(pid: int) -> str:
+    """Return the name of a process's program; FileNotFoundError where there is no process."""
+    return (_PROC / str(pid) / "comm").read_text().strip()
 
 
 def started_at(pid: int) -> float:
