@@ -1,6 +1,7 @@
 """Builds what setuptools alone cannot: the BPF objects, with clang. pyproject.toml has the rest.
 
 `bpf/X.bpf.c` becomes `sockhop/bpf/X.bpf.o`, in the wheel or, for an editable install, in `src/`.
+Some become `X.plain.bpf.o`, too, for kernels that lack instructions (see sockhop.kernel.objects).
 """
 
 import platform
@@ -15,6 +16,8 @@ from setuptools.errors import ExecError
 SOURCES = Path("bpf")
 TARGET_ARCHITECTURES = {"x86_64": "x86", "aarch64": "arm64"}
 """What libbpf's bpf_tracing.h calls the machine, by `uname -m`."""
+PLAIN = ("balance", "sockets")
+"""Built a second time, without atomic instructions that fetch (macro PLAIN)."""
 DEBIAN_PACKAGES = {"clang": "clang", "llvm-strip": "llvm"}
 
 
@@ -40,9 +43,11 @@ def compile_bpf(source: Path, target: Path) -> None:
     # the old one or the new one.
     partial = target.with_suffix(".partial")
     clang = [find_tool("clang"), "-O2", "-g", "-target", "bpf", "-mcpu=v3", "-Wall", "-Werror"]
-    define = f"-D__TARGET_ARCH_{TARGET_ARCHITECTURES[machine]}"
+    macros = [f"-D__TARGET_ARCH_{TARGET_ARCHITECTURES[machine]}"]
+    if target.name.endswith(".plain.bpf.o"):
+        macros.append("-DPLAIN")
     paths = [f"-I{SOURCES}", "-c", str(source), "-o", str(partial)]
-    for command in ([*clang, define, *paths], [find_tool("llvm-strip"), "-g", str(partial)]):
+    for command in ([*clang, *macros, *paths], [find_tool("llvm-strip"), "-g", str(partial)]):
         if subprocess.run(command, check=False).returncode != 0:
             partial.unlink(missing_ok=True)
             raise ExecError(f"{source}: this failed: {' '.join(command)}")
@@ -63,16 +68,16 @@ class BuildBpf(Command):
         self.set_undefined_options("build", ("build_lib", "build_lib"))
 
     def run(self) -> None:
-        for source, target in self._targets().items():
+        for target, source in self._targets().items():
             compile_bpf(source, target)
-        for stale in set(self._directory().glob("*.bpf.o")) - set(self._targets().values()):
+        for stale in set(self._directory().glob("*.bpf.o")) - set(self._targets()):
             stale.unlink()
 
     def get_source_files(self) -> list[str]:
         return [str(path) for path in sorted(SOURCES.glob("*.[ch]"))]
 
     def get_outputs(self) -> list[str]:
-        return [str(target) for target in self._targets().values()]
+        return [str(target) for target in self._targets()]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
@@ -82,10 +87,12 @@ class BuildBpf(Command):
         return root / "sockhop" / "bpf"
 
     def _targets(self) -> dict[Path, Path]:
-        return {
-            source: self._directory() / source.with_suffix(".o").name
-            for source in sorted(SOURCES.glob("*.bpf.c"))
-        }
+        targets = {}
+        for source in sorted(SOURCES.glob("*.bpf.c")):
+            name = source.name.removesuffix(".bpf.c")
+            for kind in ("", ".plain") if name in PLAIN else ("",):
+                targets[self._directory() / f"{name}{kind}.bpf.o"] = source
+        return targets
 
 
 class Build(build):

@@ -116,9 +116,11 @@ static __always_inline __u32 *rules_of(struct bpf_sock_addr *ctx, __u64 word)
 static __always_inline struct policy_verdict *verdict_on(const struct policy_network *network,
 							 __u8 protocol, __u16 port)
 {
-	struct policy_port key = { .prefixlen = FULL_PORT };
+	struct policy_port key = {};
 	__u32 *class;
 
+	/* An initializer would be a constant in .rodata without a name: 5.10 refuses such BTF. */
+	key.prefixlen = FULL_PORT;
 	class = bpf_map_lookup_elem(&policy_networks, network);
 	if (!class)
 		return 0;

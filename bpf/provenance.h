@@ -26,21 +26,81 @@ static __always_inline void add(__u64 *value, __s64 n)
 }
 
 /* Two programs may uncount a socket at once, a hook and the iterator that reconciles: who takes the
- * bits subtracts. Linux kernel commits 5ffa25502b5a ("bpf: Add instructions for atomic_[cmp]xchg")
- * and 981f94c3e921 ("bpf: Add bitwise atomic instructions") (in v5.12).
+ * bits subtracts. `since` and `backend` name the connect that was counted.
  */
-static __always_inline __u32 take(__u32 *counted)
+#ifndef PLAIN
+
+/* Linux kernel commits 5ffa25502b5a ("bpf: Add instructions for atomic_[cmp]xchg") and 981f94c3e921
+ * ("bpf: Add bitwise atomic instructions") (in v5.12).
+ */
+static __always_inline __u32 take(__u32 *counted, __u64 since, __u32 backend)
 {
 	return __sync_fetch_and_and(counted, ~COUNTED_BITS) & COUNTED_BITS;
 }
 
 /* Takes the bits that a reader has seen in *counted, unless the socket has connected since. */
-static __always_inline __u32 take_seen(__u32 *counted, __u32 seen)
+static __always_inline __u32 take_seen(__u32 *counted, __u32 seen, __u64 since, __u32 backend)
 {
 	if (__sync_val_compare_and_swap(counted, seen, seen & ~COUNTED_BITS) != seen)
 		return 0;
 	return seen & COUNTED_BITS;
 }
+
+#else /* for kernels without: who is first to note it in a map */
+
+struct taking {
+	__u64 since;
+	__u32 backend;
+	__u32 counted;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 16384); /* each matters for an instant only */
+	__type(key, struct taking);
+	__type(value, __u32);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} takings SEC(".maps");
+
+/* Two sockets that connect to one backend in the same nanosecond have one key: then one of them
+ * stays counted. A count may be too high, never too low. With a stack of its own: that of connect6
+ * is full.
+ */
+static __noinline __u32 first_to_take(__u64 since, __u32 backend, __u32 counted)
+{
+	struct taking key = { .since = since, .backend = backend, .counted = counted };
+	__u32 one = 1;
+
+	return bpf_map_update_elem(&takings, &key, &one, BPF_NOEXIST) ? 0 : counted & COUNTED_BITS;
+}
+
+static __always_inline void clear(__u32 *counted, __u32 seen)
+{
+	*(volatile __u32 *)counted = seen & ~COUNTED_BITS;
+}
+
+/* Hooks of one socket never run at once: only the iterator may come between. */
+static __always_inline __u32 take(__u32 *counted, __u64 since, __u32 backend)
+{
+	__u32 seen = READ_ONCE(*counted);
+
+	if (!(seen & COUNTED_BITS))
+		return 0;
+	clear(counted, seen);
+	return first_to_take(since, backend, seen);
+}
+
+/* A connect in the last instant may find its bits cleared, and stays counted. */
+static __always_inline __u32 take_seen(__u32 *counted, __u32 seen, __u64 since, __u32 backend)
+{
+	if (!(seen & COUNTED_BITS) || !first_to_take(since, backend, seen))
+		return 0;
+	if (READ_ONCE(*counted) == seen)
+		clear(counted, seen);
+	return seen & COUNTED_BITS;
+}
+
+#endif
 
 static __always_inline void uncount_key(const struct live_key *key, __u32 bits)
 {
@@ -76,7 +136,7 @@ static __always_inline void uncount(struct provenance *p)
 	struct live_key key = key_of(p);
 
 	if (p->counted & COUNTED_BITS)
-		uncount_key(&key, take(&p->counted));
+		uncount_key(&key, take(&p->counted, p->since, p->backend));
 }
 
 static __always_inline void uncount_previous(struct provenance *p)
@@ -84,7 +144,7 @@ static __always_inline void uncount_previous(struct provenance *p)
 	struct live_key key = previous_key_of(p);
 
 	if (p->previous_counted & COUNTED_BITS)
-		uncount_key(&key, take(&p->previous_counted));
+		uncount_key(&key, take(&p->previous_counted, p->since, p->previous_backend));
 }
 
 #endif /* SOCKHOP_PROVENANCE_H */

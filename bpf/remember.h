@@ -95,13 +95,14 @@ static __always_inline void leave(struct bpf_sock *sk, struct provenance *old,
 		fresh->previous_port = old->backend_port;
 		fresh->previous_service = old->service;
 		fresh->previous_backend = old->backend;
-		fresh->previous_counted = take(&old->counted);
+		fresh->previous_counted = take(&old->counted, old->since, old->backend);
 	} else if (stays && is_connected_to(sk, old->previous_address, old->previous_port)) {
 		copy_address(fresh->previous_address, old->previous_address);
 		fresh->previous_port = old->previous_port;
 		fresh->previous_service = old->previous_service;
 		fresh->previous_backend = old->previous_backend;
-		fresh->previous_counted = take(&old->previous_counted);
+		fresh->previous_counted =
+			take(&old->previous_counted, old->since, old->previous_backend);
 	}
 	uncount(old);
 	uncount_previous(old);

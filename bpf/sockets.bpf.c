@@ -64,25 +64,31 @@ int sockhop_settle(struct bpf_iter__bpf_sk_storage_map *ctx)
 	struct sock *sk = ctx->sk;
 	__u32 counted, previous_counted;
 	struct live_key key, previous;
+	__u64 since;
 
 	if (!sk || !p)
 		return 0;
+	since = READ_ONCE(p->since);
 	counted = READ_ONCE(p->counted);
 	previous_counted = READ_ONCE(p->previous_counted);
 	if (!((counted | previous_counted) & COUNTED_BITS) ||
-	    bpf_ktime_get_boot_ns() - READ_ONCE(p->since) < CERTAIN_AFTER)
+	    bpf_ktime_get_boot_ns() - since < CERTAIN_AFTER)
 		return 0;
 	key = key_of(p);
 	previous = previous_key_of(p);
 	now.state = BPF_CORE_READ(sk, __sk_common.skc_state);
 	set_addresses(&now, sk);
+	if (READ_ONCE(p->since) != since)
+		return 0;
 	if (is_at(&now, p->backend_address, p->backend_port)) {
-		uncount_key(&previous, take_seen(&p->previous_counted, previous_counted));
+		uncount_key(&previous, take_seen(&p->previous_counted, previous_counted, since,
+						 previous.backend));
 		return 0;
 	}
-	uncount_key(&key, take_seen(&p->counted, counted));
+	uncount_key(&key, take_seen(&p->counted, counted, since, key.backend));
 	if (!is_at(&now, p->previous_address, p->previous_port))
-		uncount_key(&previous, take_seen(&p->previous_counted, previous_counted));
+		uncount_key(&previous, take_seen(&p->previous_counted, previous_counted, since,
+						 previous.backend));
 	return 0;
 }
 

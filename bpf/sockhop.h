@@ -158,8 +158,8 @@ struct live_key {
 	__u32 backend;
 };
 
-/* Where a socket is counted. Whoever takes the bits away (one atomic) also subtracts. The rest of
- * the word is the number of the connect, so that nobody takes the bits of another one.
+/* Where a socket is counted. Whoever takes the bits away also subtracts. The rest of the word is the
+ * number of the connect, so that nobody takes the bits of another one.
  */
 enum counted {
 	COUNTED_LIVE = 1, /* in the live index */

@@ -123,9 +123,14 @@ class Node:
     def mutated(self, directory: Path, *changes: tuple[str, str]) -> Iterator[None]:
         """Run the body with programs that lack something: see tests.mutants."""
         directory.mkdir(exist_ok=True)
-        path = mutant(directory, "balance", *changes)
-        with Balancer(self.sandbox.pins, path=path) as crippled:
-            crippled.attach(self._cgroup)
+        with self.running(mutant(directory, "balance", *changes)):
+            yield
+
+    @contextlib.contextmanager
+    def running(self, path: Path) -> Iterator[None]:
+        """Run the body with the programs of the object file at *path*."""
+        with Balancer(self.sandbox.pins, path=path) as other:
+            other.attach(self._cgroup)
             try:
                 yield
             finally:

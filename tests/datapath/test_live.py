@@ -7,10 +7,16 @@ import socket
 import struct
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from sockhop.datapath.balancer import map_directory
+from sockhop.kernel.btf import Layouts
+from sockhop.kernel.maps import U32, Map, open_pinned
+from sockhop.kernel.objects import object_path
 from tests.clients.dialers import family_of
 from tests.datapath.node import Node, service
 from tests.sandbox import ServerThread
@@ -121,3 +127,65 @@ def test_counts_are_never_below_the_truth(served: Node, tmp_path: Path) -> None:
         forgetful = ("bool stays = old->protocol != IPPROTO_TCP &&", "bool stays = 0 &&")
         with served.mutated(tmp_path, forgetful):
             assert too_low(served, seed), seed
+
+
+# --- the build for kernels without atomic instructions that fetch (before 5.12) -----------------
+
+PLAIN_BUILD = ("#ifndef PLAIN", "#if 0")
+NOBODY_IS_FIRST = ("&takings, &key, &one, BPF_NOEXIST)", "&takings, &key, &one, BPF_ANY)")
+
+
+class Taking(NamedTuple):
+    """struct taking."""
+
+    since: int
+    backend: int
+    counted: int
+
+
+@pytest.fixture
+def plain(served: Node, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
+    monkeypatch.setattr("sockhop.datapath.sockets.object_path", lambda _: object_path(SOCKETS))
+    with served.running(object_path("balance.plain")):
+        yield served
+
+
+SOCKETS = "sockets.plain"
+
+
+def test_the_plain_build_counts_as_well(plain: Node) -> None:
+    seed = random.SystemRandom().randrange(1 << 32)
+    with ServerThread("one", "127.0.1.1", 7000), ServerThread("two", "127.0.1.2", 7000):
+        assert not too_low(plain, seed), seed
+
+
+def second(node: Node, *, settles: bool) -> int:
+    """Return the live count after a socket was uncounted by somebody who came second."""
+    layouts = Layouts(object_path("balance.plain"))
+    pin = map_directory(node.sandbox.pins) / "takings"
+    with (
+        Map(open_pinned(pin), layouts.codec(Taking, "taking"), U32) as takings,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client,
+    ):
+        client.connect(("10.9.3.2", 80))
+        origin = node.provenance(client.fileno())
+        assert origin is not None
+        takings.set(Taking(origin.since, origin.backend, origin.counted), 1)
+        if settles:
+            nobody = struct.pack("=H14x", socket.AF_UNSPEC)
+            assert _LIBC.connect(client.fileno(), nobody, len(nobody)) == 0
+            time.sleep(1.1)
+            node.settle()
+        else:
+            client.close()
+        left = sum(node.live().values())
+        for key in node.maps.live.keys():
+            node.maps.live.delete(key)
+        return left
+
+
+def test_who_comes_second_subtracts_nothing(plain: Node, tmp_path: Path) -> None:
+    assert second(plain, settles=False) == 1
+    assert second(plain, settles=True) == 1
+    with plain.mutated(tmp_path, PLAIN_BUILD, NOBODY_IS_FIRST):
+        assert second(plain, settles=False) == 0

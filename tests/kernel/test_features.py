@@ -25,11 +25,14 @@ NO_CAPABILITIES = ("setpriv", "--bounding-set", "-all", "--inh-caps", "-all")
 NOBODY = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
 SINCE = re.compile(r'Linux kernel commit [0-9a-f]{12} \("[^"]+"\) \(in v\d+\.\d+\)')
 
+SINCE_ONLY = ("Linux v4.3", "Linux v5.15")
+
 # What each of them needs, as bpftool reports it.
 BPFTOOL = {
     "bpf(2)": "syscall_config have_bpf_syscall",
     "JIT": "system_config bpf_jit_enable",
     "32-bit jumps": "misc have_v3_isa_extension",
+    "netns cookie in sock_ops": "program_types have_sock_ops_prog_type",
     "bounded loops": "misc have_bounded_loops",
     "hook connect4": "program_types have_cgroup_sock_addr_prog_type",
     "hook recvmsg6": "program_types have_cgroup_sock_addr_prog_type",
@@ -194,7 +197,7 @@ def test_the_tables(sandbox: Sandbox) -> None:
 @pytest.mark.kernel
 def test_every_feature_names_its_commit_and_version(found: dict[str, Feature]) -> None:
     for feature in found.values():
-        assert SINCE.fullmatch(feature.since) or feature.since == "Linux v4.3", feature
+        assert SINCE.fullmatch(feature.since) or feature.since in SINCE_ONLY, feature
         assert feature.used_for
         assert feature.without
         assert bool(feature.reason) == (feature.available is not True), feature

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sockhop.kernel import netns
+from sockhop.kernel.cgroups import AttachType, attached_programs, open_cgroup, own_cgroup
 from sockhop.kernel.namespaces import (
     Namespace,
     NamespaceGone,
@@ -17,7 +19,7 @@ from sockhop.kernel.namespaces import (
     entered,
     mounted_names,
 )
-from tests.sandbox import wait_until
+from tests.sandbox import Sandbox, wait_until
 
 pytestmark = pytest.mark.kernel
 
@@ -127,3 +129,22 @@ def test_each_namespace_is_found_once() -> None:
     assert len({each.inode for each in found}) == len(found)
     assert len({each.cookie for each in found}) == len(found)
     assert netns.inode() in {each.inode for each in found}
+
+
+def test_the_cookie_before_linux_5_14(
+    sandbox: Sandbox, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program at sock_create tells the cookie that the socket option tells."""
+    with mounted(name) as path:
+        with netns.entered(path):
+            there, own = netns.current_cookie(), socket.socket()
+        with own:
+            here = netns.current_cookie()
+            assert netns.socket_netns_cookie(own) == there != here
+            monkeypatch.setattr(netns, "cookie_by_option", lambda _: None)
+            assert netns.current_cookie() == here
+            assert netns.socket_netns_cookie(own) == there
+            with netns.entered(path):
+                assert netns.current_cookie() == there
+    with open_cgroup(own_cgroup()) as cgroup:
+        assert not attached_programs(cgroup, AttachType.SOCK_CREATE).programs

@@ -92,7 +92,7 @@ def stale_entries(number: int) -> str:
 def print_pairs(check: "PairCheck", output: str) -> None:
     """Print which connections are half spliced, and where bytes wait that nobody reads."""
     if not check.sockets:
-        click.echo("\nnote: no TCP socket was found; to look at them needs Linux 5.14")
+        click.echo("\nnote: no TCP socket was found in the namespaces that could be entered")
     for each in check.half_spliced:
         if not each.harmful and output != "wide":
             continue

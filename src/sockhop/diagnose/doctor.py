@@ -126,7 +126,7 @@ class _Doctor:
         if not self._places:
             raise SystemLackError(
                 "no network namespace can be told from another here",
-                hint="this needs Linux 5.14 (SO_NETNS_COOKIE), and root",
+                hint="this needs root, to enter them",
             )
 
     def visit(self, origin: Origin, target: Target) -> tuple[Dialling, list[Found]]:

@@ -26,6 +26,7 @@ __all__ = [
     "groups_above",
     "groups_below",
     "open_cgroup",
+    "own_cgroup",
 ]
 
 GROUPS_MAX = 10_000
@@ -49,6 +50,7 @@ class AttachType(IntEnum):
     BIND6 = lib.BPF_CGROUP_INET6_BIND
     POST_BIND4 = lib.BPF_CGROUP_INET4_POST_BIND
     POST_BIND6 = lib.BPF_CGROUP_INET6_POST_BIND
+    SOCK_CREATE = lib.BPF_CGROUP_INET_SOCK_CREATE
     SOCK_RELEASE = lib.BPF_CGROUP_INET_SOCK_RELEASE
     SOCK_OPS = lib.BPF_CGROUP_SOCK_OPS
 
@@ -67,6 +69,13 @@ def cgroup_root() -> Path:
             hint="mount one with `mount -t cgroup2 none /sys/fs/cgroup`",
         )
     return found[0]
+
+
+def own_cgroup() -> Path:
+    """Return the cgroup of this process, in which the sockets are that it makes (cgroups(7))."""
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    inside = next((line[3:] for line in lines if line.startswith("0::")), "/")
+    return (cgroup_root() / inside.lstrip("/")).resolve()
 
 
 def cgroup_id(path: Path) -> int:

@@ -1,4 +1,9 @@
-"""BPF objects: the compiled programs of the package, loaded with libbpf."""
+"""BPF objects: the compiled programs of the package, loaded with libbpf.
+
+Some come a second time as `X.plain.bpf.o`, for kernels that lack instructions which the first one
+uses: Linux kernel commits 5ffa25502b5a ("bpf: Add instructions for atomic_[cmp]xchg") and
+981f94c3e921 ("bpf: Add bitwise atomic instructions") (in v5.12).
+"""
 
 import errno
 import os
@@ -26,6 +31,8 @@ __all__ = [
 ]
 
 _OBJECTS = Path(__file__).parent.parent / "bpf"
+_UNKNOWN_ATOMIC = "BPF_STX uses reserved fields"
+"""What the verifier of such a kernel says (resolve_pseudo_ldimm64)."""
 
 
 def object_path(name: str) -> Path:
@@ -110,19 +117,37 @@ class BpfObject:
 
         Maps declared with LIBBPF_PIN_BY_NAME are shared through, and pinned in, *pins*; those that
         are there keep their size. By the map's name: *max_entries* and *key_sizes* size it, *given*
-        are descriptors of maps to put in its place. SystemLackError carries the end of the
+        are descriptors of maps to put in its place. Where the kernel refuses its instructions, the
+        plain one is loaded instead, if there is one. SystemLackError carries the end of the
         verifier's log.
         """
-        self.path = path
         self.layouts = Layouts(path)
+        choices = (pins, max_entries or {}, key_sizes or {}, given or {})
+        plain = path.with_name(path.name.replace(".bpf.o", ".plain.bpf.o"))
+        try:
+            self._load(path, *choices)
+        except SystemLackError:
+            if not (plain.exists() and _UNKNOWN_ATOMIC in last_log()):
+                raise
+            self._load(plain, *choices)
+
+    def _load(
+        self,
+        path: Path,
+        pins: Path | None,
+        max_entries: Mapping[str, int],
+        key_sizes: Mapping[str, int],
+        given: Mapping[str, int],
+    ) -> None:
+        self.path = path
         lib.sockhop_log_reset()
         self._object = _open_object(path, pins)
         try:
-            for name, entries in (self._pinned_sizes() | dict(max_entries or {})).items():
+            for name, entries in (self._pinned_sizes() | dict(max_entries)).items():
                 check(lib.bpf_map__set_max_entries(self._map(name), entries), f"sizing {name}")
-            for name, size in (key_sizes or {}).items():
+            for name, size in key_sizes.items():
                 check(lib.bpf_map__set_key_size(self._map(name), size), f"sizing keys of {name}")
-            for name, fd in (given or {}).items():
+            for name, fd in given.items():
                 check(lib.bpf_map__reuse_fd(self._map(name), fd), f"using a map as {name}")
             result = lib.bpf_object__load(self._object)
             if result < 0:

@@ -162,6 +162,19 @@ class Prober:
         code = copy(2, 1) + _load_map(1, self.storage()) + mov(3, 0) + mov(4, 0)
         self.hook(lib.BPF_CGROUP_INET_SOCK_RELEASE, code + call(lib.BPF_FUNC_sk_storage_get))
 
+    def storage_in_iterator(self) -> None:
+        """Ask for the element of each UDP socket that an iterator meets. It never runs."""
+        # ctx->udp_sk stands behind ctx->meta.
+        socket_pointer = ldx(2, 1, 8) + _leave_if_null(2, 0)
+        code = socket_pointer + _load_map(1, self.storage()) + mov(3, 0) + mov(4, 0)
+        self.iterator("udp", code + call(lib.BPF_FUNC_sk_storage_get))
+
+    def socket_of_file(self) -> None:
+        """Ask for the socket of each file that an iterator meets. It never runs."""
+        # ctx->file stands behind ctx->meta, ctx->task and ctx->fd.
+        code = ldx(1, 1, 24) + _leave_if_null(1, 0)
+        self.iterator("task_file", code + call(lib.BPF_FUNC_sock_from_file))
+
     def sk_msg(self) -> None:
         """Load a program that redirects a message through a sockhash."""
         self.program(
@@ -177,6 +190,11 @@ class Prober:
             lib.BPF_CGROUP_SOCK_OPS,
             self._with_key() + call(lib.BPF_FUNC_sock_hash_update) + leave(1),
         )
+
+    def cookie_in_sock_ops(self) -> None:
+        """Ask for the cookie of a network namespace in a sock_ops program."""
+        code = call(lib.BPF_FUNC_get_netns_cookie) + leave(1)
+        self.program(lib.BPF_PROG_TYPE_SOCK_OPS, lib.BPF_CGROUP_SOCK_OPS, code)
 
     def _with_key(self) -> bytes:
         # r1 context, r2 map, r3 pointer to a key of 0 on the stack, r4 flags
