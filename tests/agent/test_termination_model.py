@@ -82,9 +82,9 @@ def world(
             node.installer,
             PolicyKeeper(node.balancer.policies, node.sandbox.cgroup),
             looker,
-            resteerer,
-            engine.sever_sockets,
+            move,  # there are no redirects
             maps=node.maps,
+            orders=orders,
         )
         terminator = Terminator(
             node.installer, orders, recorder, limits=limits, reach=reach, enforcer=enforcer

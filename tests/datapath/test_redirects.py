@@ -58,8 +58,9 @@ def redirect(*backends: str, address: str = DNS, **fields: object) -> Redirect:
     return Redirect("ns/dns", frontends, **fields)  # type: ignore[arg-type]
 
 
-def behind() -> Service:
-    return service("ns/dns", f"{DNS}:5353/tcp", f"{DNS}:5353/udp", backends=["127.0.1.1:5353"])
+def behind(backends: tuple[str, ...] = ("127.0.1.1:5353",)) -> Service:
+    ends = f"{DNS}:5353/tcp", f"{DNS}:5353/udp"
+    return service("ns/dns", *ends, backends=backends)
 
 
 def ask(kind: str, host: str = DNS) -> str:

@@ -67,11 +67,14 @@ class OrderFile(msgspec.Struct):
     """The orders, and what services have said last: one that is removed can't say it any more.
 
     `epoch` is that of the maps by whose ids backends are known; with other maps all is void.
+    `redirects`: the ids of services that stand for local redirects, or stood for one of which
+    sockets may be left.
     """
 
     epoch: str
     rules: dict[str, tuple[IntentRule, ...]]
     orders: list[Order]
+    redirects: list[int] = []
 
 
 def now() -> float:
@@ -95,9 +98,11 @@ class Orders:
         self._saved = b""
         self.rules: dict[str, tuple[IntentRule, ...]] = {}
         """What services say, by their names; one that is not there says nothing."""
+        self.redirects: set[int] = set()
+        """As in the file."""
         found = _read(path)
         if found is not None and found.epoch == self._epoch:
-            self.rules = found.rules
+            self.rules, self.redirects = found.rules, set(found.redirects)
             self._by_pair = {order.pair: order for order in found.orders}
 
     def __iter__(self) -> Iterator[Order]:
@@ -120,7 +125,10 @@ class Orders:
 
     def save(self) -> None:
         """Write the file, if it says something else. That it can't be written is logged."""
-        data = msgspec.json.encode(OrderFile(self._epoch, self.rules, list(self._by_pair.values())))
+        orders = list(self._by_pair.values())
+        data = msgspec.json.encode(
+            OrderFile(self._epoch, self.rules, orders, sorted(self.redirects))
+        )
         if data == self._saved:
             return
         try:

@@ -82,10 +82,12 @@ class Terminator:
         *services*: all that there will be, by name. SystemLackError where that can't be kept.
         """
         self._services = services
+        self._enforcer.note_redirects()
         installed = self._installer.installed
         found = list(concerns(plan, installed, self._rules))
         self._prepared = None
         if not found:
+            self._orders.save()
             return
         found += self._earlier(found)
         sockets, _ = live_sockets(self._maps.live.items())
@@ -292,8 +294,11 @@ def opened_terminator(
         def move(some: Sequence[Socket]) -> Sequence[Outcome]:
             return resteerer.resteer(some, engine.sever_sockets)
 
+        def follow(some: Sequence[Socket]) -> Sequence[Outcome]:
+            return resteerer.resteer(some, engine.sever_sockets, direct=True)
+
         reach = Reach(maps, sockets, engine, move, resteerer.obstacles)
-        enforcer = Enforcer(installer, policies, looker, resteerer, engine.sever_sockets, maps=maps)
+        enforcer = Enforcer(installer, policies, looker, follow, maps=maps, orders=orders)
         yield Terminator(installer, orders, recorder, limits=limits, reach=reach, enforcer=enforcer)
 
 
