@@ -5,7 +5,7 @@ import os
 import subprocess
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sockhop.kernel.advisories import (
@@ -32,6 +32,7 @@ def run(*arguments: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.unit
+@settings(max_examples=40, deadline=None)
 @given(NUMBERS, SUFFIXES)
 def test_a_release_is_read(version: tuple[int, int, int], suffix: str) -> None:
     text = ".".join(map(str, version)) + suffix
@@ -40,6 +41,7 @@ def test_a_release_is_read(version: tuple[int, int, int], suffix: str) -> None:
 
 
 @pytest.mark.unit
+@settings(max_examples=40, deadline=None)
 @given(st.text(max_size=20))
 def test_whatever_is_given_is_a_version_or_none(text: str) -> None:
     assert all(number >= 0 for number in parse_release(text))
@@ -61,6 +63,7 @@ def test_the_data_is_sound() -> None:
 
 
 @pytest.mark.unit
+@settings(max_examples=40, deadline=None)
 @given(NUMBERS)
 def test_a_fix_holds_for_the_rest_of_its_series(version: tuple[int, int, int]) -> None:
     later = (*version[:2], version[2] + 1)

@@ -6,8 +6,10 @@ from pathlib import Path
 import click
 import msgspec
 
+from sockhop.cli.features_diff import print_differences, read_pair
 from sockhop.cli.options import bpffs_path, global_options, output_option
 from sockhop.cli.output import Column, print_rows, print_value, table
+from sockhop.diagnose.nodes import compare, complete, own_node
 from sockhop.errors import SystemLackError
 from sockhop.kernel.features import Feature, probe_features
 from sockhop.kernel.host import Fact, host_facts
@@ -31,33 +33,39 @@ class _Row(msgspec.Struct):
     without: str
 
 
-class _Report(msgspec.Struct):
-    """`missing`: required features that are not there, `unknown`: those that need root to tell."""
-
-    host: dict[str, str]
-    missing: list[str]
-    unknown: list[str]
-    features: list[Feature]
-
-
-@click.command(epilog="Example: sockhop features -o wide")
+@click.command(epilog="Example: sockhop features --diff node2.json")
+@click.option(
+    "--diff",
+    "others",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="OTHER",
+    help="Compare this node with the one that a file tells of: made there with `features -o json`, "
+    "a bpf_features.h of Cilium's, or raw BTF. Given twice: those two.",
+)
 @output_option
 @global_options
-def command(output: str) -> None:
+def command(others: tuple[Path, ...], output: str) -> int:
     """List what this kernel can do for sockhop, each thing found by trying it.
 
     Nothing is attached, and nothing stays behind. Exit status 0 if all that balancing needs is
     there, 3 if not. `-o wide` adds the kernel commit and version each thing came with, and what
-    happens without it; `-o json` has the kernel's reasons.
+    happens without it; `-o json` has the kernel's reasons, and settings, build options and
+    structures to compare. With --diff only what differs, and what each is used for; exit status 1
+    if anything does.
     """
-    features = probe_features(bpffs_path())
-    facts = [*host_facts(), _provenance(bpffs_path()), _ending(features)]
+    if others:
+        first, other = read_pair(others)
+        if first is None:
+            first = complete(own_node(*_own()), other)
+        return print_differences(compare(first, other), output)
+    host, features = _own()
     missing = [f.name for f in features if f.required and f.available is False]
     unknown = [f.name for f in features if f.required and f.available is None]
     if output in ("json", "yaml"):
-        host = {fact.name: fact.value for fact in facts}
-        print_value(_Report(host, missing, unknown, features), output)
+        print_value(own_node(host, features), output)
     else:
+        facts = list(host.items())
         print_rows([_row(feature) for feature in features], _COLUMNS, output)
         click.echo("\n" + table(facts))
     if missing:
@@ -72,6 +80,14 @@ def command(output: str) -> None:
             if os.geteuid()
             else "this root lacks the capabilities that the facts name",
         )
+    return 0
+
+
+def _own() -> tuple[dict[str, str], list[Feature]]:
+    """Return the facts of this host, and what its kernel can do."""
+    features = probe_features(bpffs_path())
+    facts = [*host_facts(), _provenance(bpffs_path()), _ending(features)]
+    return {fact.name: fact.value for fact in facts}, features
 
 
 def _row(feature: Feature) -> _Row:

@@ -136,6 +136,9 @@ int sockhop_probe_program(int type, int attach_type, int attach_btf_id, const vo
                           int count, char *log, int log_size);
 int sockhop_probe_kprobe(int pmu, const char *function);
 int sockhop_probe_memlock(void);
+int libbpf_probe_bpf_map_type(int map_type, const void *opts);
+int libbpf_probe_bpf_prog_type(int prog_type, const void *opts);
+int libbpf_probe_bpf_helper(int prog_type, int helper_id, const void *opts);
 int sockhop_jited_size(int prog_fd);
 int bpf_btf_load(const void *btf_data, size_t btf_size, const void *opts);
 int bpf_raw_tracepoint_open(const char *name, int prog_fd);
