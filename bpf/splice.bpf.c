@@ -54,12 +54,25 @@ static __always_inline bool make_key(struct bpf_sock_ops *ctx, const struct view
 	return order < 0;
 }
 
+static __always_inline bool same_key(const struct splice_key *a, const struct splice_key *b)
+{
+	return a->a_sequence == b->a_sequence && a->b_sequence == b->b_sequence &&
+	       a->a_port == b->a_port && a->b_port == b->b_port && a->netns == b->netns &&
+	       same_address(a->a_address, b->a_address) && same_address(a->b_address, b->b_address);
+}
+
+/* A number for a pair: even, and no other one's. */
+static __always_inline __u64 draw_number(void)
+{
+	return ((__u64)bpf_get_prandom_u32() << 32 | bpf_get_prandom_u32()) & ~1ULL;
+}
+
 static __always_inline void forget_pair(struct splice_lane *lane, __u64 cookie)
 {
-	struct splice_pair *pair = bpf_map_lookup_elem(&splice_pairs, &lane->key);
+	struct splice_pair *pair = bpf_map_lookup_elem(&splice_pairs, &lane->pair);
 
 	if (pair && (lane->is_a ? pair->a.cookie : pair->b.cookie) == cookie)
-		bpf_map_delete_elem(&splice_pairs, &lane->key);
+		bpf_map_delete_elem(&splice_pairs, &lane->pair);
 }
 
 /* A socket can have been connected before: connect(AF_UNSPEC). Its entry goes, and its queue with
@@ -141,14 +154,17 @@ static __always_inline void connected(struct bpf_sock_ops *ctx, struct bpf_sock 
 {
 	struct splice_policy policy = {};
 	struct splice_pair pair = {};
+	struct handshake handshake;
 	struct splice_lane *lane;
 	struct tcp_sock *tp;
 	struct view at;
 	bool is_a;
 
 	look(ctx, &at);
-	/* The server's end comes first: it is on this node and opted in, or there is no entry. */
-	if (!was_expected(&at) || !client_policy(ctx, sk, &at, &policy))
+	handshake = find_handshake(&at, false);
+	/* The server's end comes first: it is on this node and opted in, or there is no mark. */
+	if (!handshake.place || READ_ONCE(*handshake.place) != handshake.mark ||
+	    !client_policy(ctx, sk, &at, &policy))
 		return;
 	tp = bpf_skc_to_tcp_sock(sk);
 	lane = bpf_sk_storage_get(&splice_lanes, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
@@ -157,6 +173,7 @@ static __always_inline void connected(struct bpf_sock_ops *ctx, struct bpf_sock 
 		return;
 	}
 	is_a = make_key(ctx, &at, &pair.key);
+	lane->pair = draw_number();
 	lane->is_a = is_a;
 	lane->is_client = 1;
 	if (!take_in(ctx, tp, lane, &pair.key, &policy)) {
@@ -174,7 +191,8 @@ static __always_inline void connected(struct bpf_sock_ops *ctx, struct bpf_sock 
 		pair.b.cookie = bpf_get_socket_cookie(ctx);
 		pair.b.sock = (__u64)tp;
 	}
-	bpf_map_update_elem(&splice_pairs, &pair.key, &pair, BPF_ANY);
+	if (!bpf_map_update_elem(&splice_pairs, &lane->pair, &pair, BPF_NOEXIST))
+		*handshake.place = lane->pair;
 }
 
 static __always_inline void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
@@ -182,19 +200,25 @@ static __always_inline void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *
 	struct splice_policy policy = {};
 	struct splice_key key = {};
 	struct splice_counters *counters;
+	struct handshake handshake;
 	struct splice_lane *lane;
 	struct splice_pair *pair;
 	struct splice_end *own;
 	struct tcp_sock *tp;
 	struct view at;
+	__u64 number;
 	bool is_a;
 
 	look(ctx, &at);
 	if (!server_policy(ctx, sk, &at, &policy))
 		return;
+	handshake = find_handshake(&at, true);
+	if (!handshake.place)
+		return;
+	number = READ_ONCE(*handshake.place);
+	pair = bpf_map_lookup_elem(&splice_pairs, &number);
 	is_a = make_key(ctx, &at, &key);
-	pair = bpf_map_lookup_elem(&splice_pairs, &key);
-	if (!pair || !(is_a ? pair->b.cookie : pair->a.cookie))
+	if (!pair || !same_key(&pair->key, &key) || !(is_a ? pair->b.cookie : pair->a.cookie))
 		return;
 	own = is_a ? &pair->a : &pair->b;
 	/* A socket that is connected to itself is both ends. */
@@ -209,6 +233,7 @@ static __always_inline void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *
 		note(policy.service, SPLICE_FULL);
 		return;
 	}
+	lane->pair = number;
 	lane->is_a = is_a;
 	if (!take_in(ctx, tp, lane, &key, &policy)) {
 		bpf_sk_storage_delete(&splice_lanes, sk);
@@ -274,11 +299,7 @@ static __always_inline enum splice_reason decide(struct splice_lane *lane, struc
 	cookie = READ_ONCE(peer->cookie);
 	sock = READ_ONCE(peer->sock);
 	/* Elements of a hash are reused while they are read: compare the key after the value. */
-	if (!cookie || pair->key.a_sequence != lane->key.a_sequence ||
-	    pair->key.b_sequence != lane->key.b_sequence || pair->key.a_port != lane->key.a_port ||
-	    pair->key.b_port != lane->key.b_port || pair->key.netns != lane->key.netns ||
-	    !same_address(pair->key.a_address, lane->key.a_address) ||
-	    !same_address(pair->key.b_address, lane->key.b_address))
+	if (!cookie || !same_key(&pair->key, &lane->key))
 		return SPLICE_UNPAIRED;
 	if (pair->mode == SPLICE_AUTO && lane->is_client &&
 	    bpf_get_prandom_u32() % CONTROL_SHARE == 0)
@@ -445,7 +466,7 @@ int sockhop_message(struct sk_msg_md *msg)
 	tp = bpf_skc_to_tcp_sock(sk);
 	if (!lane || !tp)
 		return SK_PASS;
-	pair = bpf_map_lookup_elem(&splice_pairs, &lane->key);
+	pair = bpf_map_lookup_elem(&splice_pairs, &lane->pair);
 	if (lane->mode == LANE_STACK)
 		return by_stack(lane, pair, size);
 	reason = must_leave(lane, pair, tp, size);

@@ -45,16 +45,6 @@ struct splice_owner {
 	__u8 pad[4];
 };
 
-/* A connection that a server of ours was asked for, before there is a socket for it. */
-struct splice_tuple {
-	__be32 server[4];
-	__be32 client[4];
-	__u64 netns;
-	__u16 server_port;
-	__u16 client_port;
-	__u8 pad[4];
-};
-
 /* A connection, the same seen from both ends: `a` is the end with the lesser address and port.
  * The sequence numbers are the first that each end sends: they tell this connection from every
  * other one on the same tuple. netns: cookie, for loopback addresses; else 0.
@@ -110,6 +100,7 @@ enum splice_leaves {
 	LEAVES_AS_CONTROL, /* the same, but the sockets stay, for their answers to be timed */
 };
 
+/* Its key is the number that the client's end drew for it. */
 struct splice_pair {
 	struct splice_key key;
 	struct splice_end a;
@@ -126,6 +117,7 @@ struct splice_pair {
 /* The way out of a socket. In sk_storage: it goes with the socket. */
 struct splice_lane {
 	struct splice_key key;
+	__u64 pair;
 	__u64 peer; /* cookie */
 	__u64 peer_sock;
 	__u64 since; /* CLOCK_BOOTTIME, ns: established */

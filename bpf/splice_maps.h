@@ -3,6 +3,8 @@
 #ifndef SOCKHOP_SPLICE_MAPS_H
 #define SOCKHOP_SPLICE_MAPS_H
 
+#define SPLICE_HANDSHAKES 16384
+
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, SPLICE_SETTINGS);
@@ -39,13 +41,16 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } splice_owners SEC(".maps");
 
+/* Handshakes under way, by a hash of the tuple: first a mark that the server's end is opted in, then
+ * the number of the pair. Two of them may have the same place; the loser goes by the stack.
+ */
 struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 16384);
-	__type(key, struct splice_tuple);
-	__type(value, __u32);
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, SPLICE_HANDSHAKES);
+	__type(key, __u32);
+	__type(value, __u64);
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
-} splice_expected SEC(".maps");
+} splice_handshakes SEC(".maps");
 
 /* LRU: where a socket's end was not seen, its entry goes one day. A pair that loses its entry goes
  * on by the stack.
@@ -53,7 +58,7 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 65536);
-	__type(key, struct splice_key);
+	__type(key, __u64);
 	__type(value, struct splice_pair);
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } splice_pairs SEC(".maps");

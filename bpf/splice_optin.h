@@ -158,15 +158,42 @@ static __always_inline bool client_policy(struct bpf_sock_ops *ctx, struct bpf_s
 	return true;
 }
 
-static __always_inline void make_tuple(struct splice_tuple *tuple, const __be32 *server,
-				       __u16 server_port, const __be32 *client, __u16 client_port,
-				       __u64 netns)
+/* Where the handshake of a connection has its place, and the mark that it leaves there. */
+struct handshake {
+	__u64 *place;
+	__u64 mark;
+};
+
+static __always_inline __u64 mix(__u64 hash, __u64 more)
 {
-	copy_address(tuple->server, server);
-	copy_address(tuple->client, client);
-	tuple->netns = netns;
-	tuple->server_port = server_port;
-	tuple->client_port = client_port;
+	hash = (hash ^ more) * 0x9e3779b97f4a7c15ULL;
+	return hash ^ hash >> 32;
+}
+
+static __always_inline __u64 mix_end(__u64 hash, const __be32 *address, __u16 port)
+{
+	hash = mix(hash, (__u64)address[0] << 32 | address[1]);
+	hash = mix(hash, (__u64)address[2] << 32 | address[3]);
+	return mix(hash, port);
+}
+
+static __always_inline struct handshake find_handshake(const struct view *at, bool is_server)
+{
+	struct handshake found;
+	__u64 hash;
+	__u32 where;
+
+	if (is_server) {
+		hash = mix_end(at->netns, at->local, at->local_port);
+		hash = mix_end(hash, at->remote, at->remote_port);
+	} else {
+		hash = mix_end(at->netns, at->remote, at->remote_port);
+		hash = mix_end(hash, at->local, at->local_port);
+	}
+	where = hash % SPLICE_HANDSHAKES;
+	found.place = bpf_map_lookup_elem(&splice_handshakes, &where);
+	found.mark = hash | 1; /* never 0; numbers of pairs are even */
+	return found;
 }
 
 /* A SYN has come: if the listener is opted in, the client's socket may be put into the sockhash.
@@ -175,23 +202,15 @@ static __always_inline void make_tuple(struct splice_tuple *tuple, const __be32 
 static __always_inline void expect(struct bpf_sock_ops *ctx)
 {
 	struct splice_policy policy = {};
-	struct splice_tuple tuple = {};
+	struct handshake handshake;
 	struct view at;
-	__u32 one = 1;
 
 	look(ctx, &at);
 	if (!uses_cgroups() && !server_policy(ctx, 0, &at, &policy))
 		return;
-	make_tuple(&tuple, at.local, at.local_port, at.remote, at.remote_port, at.netns);
-	bpf_map_update_elem(&splice_expected, &tuple, &one, BPF_ANY);
-}
-
-static __always_inline bool was_expected(const struct view *at)
-{
-	struct splice_tuple tuple = {};
-
-	make_tuple(&tuple, at->remote, at->remote_port, at->local, at->local_port, at->netns);
-	return !bpf_map_delete_elem(&splice_expected, &tuple);
+	handshake = find_handshake(&at, true);
+	if (handshake.place)
+		*handshake.place = handshake.mark;
 }
 
 #endif /* SOCKHOP_SPLICE_OPTIN_H */

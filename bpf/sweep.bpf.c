@@ -66,7 +66,7 @@ static __always_inline bool is_done(struct splice_lane *lane, __u64 now)
 
 	if (switched_off())
 		return true;
-	pair = bpf_map_lookup_elem(&splice_pairs, &lane->key);
+	pair = bpf_map_lookup_elem(&splice_pairs, &lane->pair);
 	if (!pair || pair->leaves == LEAVES_SOCKHASH)
 		return true;
 	own = lane->is_a ? &pair->a : &pair->b;

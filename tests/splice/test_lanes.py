@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -299,6 +300,43 @@ def test_a_mutant_overtakes_it(tmp_path: Path) -> None:
         assert late_send(crippled) == b"secondfirst, "
 
 
+def handshakes_of_two(path: Path) -> None:
+    """Two clients' handshakes in one place, the ends of their servers come later."""
+    with (
+        Stage(path=path) as stage,
+        stage.listen(Place.LOOPBACK4, 22000, TCP_DEFER_ACCEPT=30) as one,
+        stage.listen(Place.LOOPBACK4, 22001, TCP_DEFER_ACCEPT=30) as other,
+        stage.client(Place.LOOPBACK4, 22002) as first,
+        stage.client(Place.LOOPBACK4, 22003) as second,
+    ):
+        first.connect(one.getsockname())
+        second.connect(other.getsockname())
+        first.sendall(b"of the first")
+        with one.accept()[0] as server:
+            server.sendall(b"for the first")
+            first.settimeout(2)
+            assert (server.recv(100), first.recv(100)) == (b"of the first", b"for the first")
+        second.sendall(b"of the second")
+        with other.accept()[0] as server:
+            server.sendall(b"for the second")
+            second.settimeout(2)
+            assert (server.recv(100), second.recv(100)) == (b"of the second", b"for the second")
+            assert stage.lane(server) is LaneMode.SPLICED
+
+
+ONE_PLACE = ("#define SPLICE_HANDSHAKES 16384", "#define SPLICE_HANDSHAKES 1")
+
+
+def test_handshakes_in_one_place(tmp_path: Path) -> None:
+    handshakes_of_two(mutant(tmp_path, "splice", ONE_PLACE))
+
+
+def test_a_mutant_takes_the_other_ones(tmp_path: Path) -> None:
+    checks = [(f"!same_key(&pair->key, &{name})", "0") for name in ("key", "lane->key")]
+    with pytest.raises((AssertionError, TimeoutError)):
+        handshakes_of_two(mutant(tmp_path, "splice", ONE_PLACE, *checks))
+
+
 def test_a_socket_connected_to_itself(stage: Stage) -> None:
     low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
     assert low < high
@@ -314,24 +352,26 @@ def test_a_socket_connected_to_itself(stage: Stage) -> None:
 def test_same_tuple_in_two_namespaces(stage: Stage) -> None:
     from sockhop.kernel import netns
 
-    ends = []
-    for where in (stage.sandbox.netns, stage.other):
-        with netns.entered(where), socket.create_server(("127.0.0.1", 21000)) as listener:
-            client = socket.socket()
-            client.bind(("127.0.0.1", 21001))
-            client.connect(("127.0.0.1", 21000))
-            ends.append((client, listener.accept()[0]))
-    (a, b), (c, d) = ends
-    a.sendall(b"near")
-    d.sendall(b"far")
-    assert (b.recv(10), c.recv(10)) == (b"near", b"far")
-    for each in (b, c):
-        each.setblocking(False)
-        with pytest.raises(BlockingIOError):
-            each.recv(10)
-    for each in (a, b, c, d):
-        assert stage.lane(each) is not None
-        each.close()
+    for _ in range(2):  # and the next connections on it
+        ends = []
+        for where in (stage.sandbox.netns, stage.other):
+            with netns.entered(where), socket.create_server(("127.0.0.1", 21000)) as listener:
+                client = socket.socket()
+                client.bind(("127.0.0.1", 21001))
+                client.connect(("127.0.0.1", 21000))
+                ends.append((client, listener.accept()[0]))
+        (a, b), (c, d) = ends
+        a.sendall(b"near")
+        d.sendall(b"far")
+        assert (b.recv(10), c.recv(10)) == (b"near", b"far")
+        for each in (b, c):
+            each.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                each.recv(10)
+        assert stage.entries().keys() >= {cookie(each) for each in (a, b, c, d)}
+        for each in (a, b, c, d):
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            each.close()
 
 
 def test_bypass_sends_all_by_the_stack(stage: Stage) -> None:

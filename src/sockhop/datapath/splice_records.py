@@ -116,6 +116,7 @@ class SpliceLane(NamedTuple):
     """struct splice_lane: the way out of one socket; `key` is an encoded :class:`SpliceKey`."""
 
     key: bytes
+    pair: int
     peer: int
     peer_sock: int
     since: int
