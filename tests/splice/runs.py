@@ -116,11 +116,16 @@ class Run:
 
     def hand_over(self, *sockets: socket.socket) -> "subprocess.Popen[bytes]":
         """Give sockets to another process, which alone holds them from now on."""
+        process = self.share(*sockets)
+        for each in sockets:
+            each.close()
+        return process
+
+    def share(self, *sockets: socket.socket) -> "subprocess.Popen[bytes]":
+        """Let another process hold sockets, too."""
         process = subprocess.Popen(["sleep", "60"], pass_fds=[each.fileno() for each in sockets])
         self._stack.callback(process.wait)
         self._stack.callback(process.kill)
-        for each in sockets:
-            each.close()
         return process
 
     def settle(self) -> None:

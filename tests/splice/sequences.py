@@ -6,6 +6,7 @@ import socket
 import struct
 
 from tests.splice.runs import PATIENCE, Run
+from tests.splice.tcpinfo import SYN_DATA, tcp_info
 
 __all__ = ["SEQUENCES", "UNREAD", "disconnect"]
 
@@ -52,14 +53,22 @@ def _server_resets(run: Run) -> None:
     run.drain("client", run.client)
 
 
-def _client_resets_behind_unread(run: Run) -> None:
-    server = run.talk()
-    run.client.sendall(b"last words")
-    _reset(run.client)
+def _resets_behind_unread(run: Run, one: str, other: str) -> None:
+    ends = {"server": run.talk(), "client": run.client}
+    ends[one].sendall(b"last words")
+    _reset(ends[one])
     run.settle()
-    run.kept["server"] = server
-    run.drain("server", server)
-    run.write("server", server, b"too late")
+    run.kept[other] = ends[other]
+    run.drain(other, ends[other])
+    run.write(other, ends[other], b"too late")
+
+
+def _client_resets_behind_unread(run: Run) -> None:
+    _resets_behind_unread(run, "client", "server")
+
+
+def _server_resets_behind_unread(run: Run) -> None:
+    _resets_behind_unread(run, "server", "client")
 
 
 def _client_closes_unread(run: Run) -> None:
@@ -214,60 +223,136 @@ def _server_killed_unaccepted(run: Run) -> None:
     run.client.close()
 
 
-def _writes_after_shutdown(run: Run) -> None:
-    server = run.talk()
-    run.client.shutdown(socket.SHUT_WR)
-    run.write("client", run.client, b"impossible")
-    run.drain("server", server)
-    run.write("server", server, b"possible")
-    run.read("client", run.client)
-    run.kept |= {"server": server}
-    run.client.close()
+def _shut_to_write(run: Run, one: str, other: str) -> None:
+    ends = {"server": run.talk(), "client": run.client}
+    ends[one].shutdown(socket.SHUT_WR)
+    run.write(one, ends[one], b"impossible")
+    run.drain(other, ends[other])
+    run.write(other, ends[other], b"possible")
+    run.read(one, ends[one])
+    ends[one].close()
+    if other == "server":  # a client that is kept would keep the tuple
+        run.kept[other] = ends[other]
+    else:
+        ends[other].close()
 
 
-def _reads_after_shutdown(run: Run) -> None:
-    server = run.talk()
-    server.sendall(b"queued")
+def _client_writes_after_shutdown(run: Run) -> None:
+    _shut_to_write(run, "client", "server")
+
+
+def _server_writes_after_shutdown(run: Run) -> None:
+    _shut_to_write(run, "server", "client")
+
+
+def _shut_to_read(run: Run, one: str, other: str) -> None:
+    ends = {"server": run.talk(), "client": run.client}
+    ends[other].sendall(b"queued")
     run.settle()
-    run.client.shutdown(socket.SHUT_RD)
-    run.drain("client", run.client)
-    run.write("client", run.client, b"still possible")
-    run.read("server", server)
+    ends[one].shutdown(socket.SHUT_RD)
+    run.drain(one, ends[one])
+    run.write(one, ends[one], b"still possible")
+    run.read(other, ends[other])
     run.client.close()
-    server.close()
+    ends["server"].close()
 
 
-def _lingers(run: Run) -> None:
-    server = run.talk()
-    run.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 1))
-    run.client.sendall(b"x" * 3000)
-    run.client.close()
-    run.drain("server", server)
-    server.close()
+def _client_reads_after_shutdown(run: Run) -> None:
+    _shut_to_read(run, "client", "server")
 
 
-def _goes_elsewhere(run: Run) -> None:
-    """Unread bytes on both sides; then the client's socket gets another peer."""
-    server = run.talk()
-    server.sendall(b"of the old server")
-    run.client.sendall(b"for the old server")
+def _server_reads_after_shutdown(run: Run) -> None:
+    _shut_to_read(run, "server", "client")
+
+
+def _waits_at_close(run: Run, one: str, other: str) -> None:
+    ends = {"server": run.talk(), "client": run.client}
+    ends[one].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 1))
+    ends[one].sendall(b"x" * 3000)
+    ends[one].close()
+    run.drain(other, ends[other])
+    ends[other].close()
+
+
+def _client_lingers(run: Run) -> None:
+    _waits_at_close(run, "client", "server")
+
+
+def _server_lingers(run: Run) -> None:
+    _waits_at_close(run, "server", "client")
+
+
+def _moves(run: Run, one: str, other: str, target: str) -> None:
+    """Unread bytes on both sides; then the socket of *one* gets another peer."""
+    ends = {"server": run.talk(), "client": run.client}
+    ends[other].sendall(b"of the old peer")
+    ends[one].sendall(b"for the old peer")
     run.settle()
-    with run.stage.listen(run.place) as other:
-        disconnect(run.client)
-        run.client.connect((run.place.target, other.getsockname()[1]))
-        peer = other.accept()[0]
+    with run.stage.listen(run.place) as listener:
+        disconnect(ends[one])
+        ends[one].connect((target, listener.getsockname()[1]))
+        peer = listener.accept()[0]
         with peer:
             peer.settimeout(PATIENCE)
-            peer.sendall(b"of the new server")
-            run.read("client", run.client)
-            run.client.sendall(b"for the new server")
-            run.read("new server", peer)
-            run.drain("server", server)
-            run.write("server", server, b"to nobody")
-            run.client.settimeout(0.1)
-            run.read("client", run.client)
-    server.close()
+            peer.sendall(b"of the new peer")
+            run.read(one, ends[one])
+            ends[one].sendall(b"for the new peer")
+            run.read("new peer", peer)
+            run.drain(other, ends[other])
+            run.write(other, ends[other], b"to nobody")
+            ends[one].settimeout(0.1)
+            run.read(one, ends[one])
+    for each in ends.values():
+        each.close()
+
+
+def _client_goes_elsewhere(run: Run) -> None:
+    _moves(run, "client", "server", run.place.target)
+
+
+def _server_goes_elsewhere(run: Run) -> None:
+    _moves(run, "server", "client", run.place.server)
+
+
+def _fast_open(run: Run) -> None:
+    """Bytes in the SYN, and more right behind them."""
+    run.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 8)
+    run.talk().close()
+    for _ in range(2):  # the first connection only asks for the cookie
+        _reset(run.client)
+        run.settle()
+        run.client = run.stage.client(run.place, run.port + 1)
+        run.client.sendto(b"in the SYN, ", socket.MSG_FASTOPEN, (run.place.target, run.port))
+        run.client.settimeout(PATIENCE)
+        run.client.sendall(b"after it")
+        server = run.accept()
+        data = b""
+        while len(data) < 20:
+            data += server.recv(20)
+        run.note(f"server reads {data!r}")
+        server.sendall(b"answer")
+        run.read("client", run.client)
+        server.close()
+    if tcp_info(run.client).options & SYN_DATA:
+        run.note("there were bytes in the SYN")
+    _reset(run.client)
+
+
+def _forked(run: Run) -> None:
+    """Another process has the server's socket, too, and ends."""
+    server = run.talk()
+    process = run.share(server)
+    run.client.sendall(b"for either")
+    run.read("server", server)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run.settle()
+    for name, one, other in (("server", run.client, server), ("client", server, run.client)):
+        one.sendall(b"still there")
+        run.read(name, other)
     run.client.close()
+    run.drain("server", server)
+    server.close()
 
 
 def _passed_on(run: Run) -> None:
@@ -303,6 +388,7 @@ SEQUENCES = (
     _client_resets,
     _server_resets,
     _client_resets_behind_unread,
+    _server_resets_behind_unread,
     _client_closes_unread,
     _server_closes_unread,
     _listener_closes_over_unaccepted,
@@ -319,10 +405,16 @@ SEQUENCES = (
     _client_destroyed_then_closed,
     _client_killed,
     _server_killed_unaccepted,
-    _writes_after_shutdown,
-    _reads_after_shutdown,
-    _lingers,
-    _goes_elsewhere,
+    _client_writes_after_shutdown,
+    _server_writes_after_shutdown,
+    _client_reads_after_shutdown,
+    _server_reads_after_shutdown,
+    _client_lingers,
+    _server_lingers,
+    _client_goes_elsewhere,
+    _server_goes_elsewhere,
+    _fast_open,
+    _forked,
     _passed_on,
     _accepted_late,
 )

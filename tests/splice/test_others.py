@@ -1,20 +1,23 @@
-"""Who else uses a socket is left alone: MPTCP, another tool's sockmap."""
+"""Who else uses a socket is left alone: MPTCP, kTLS, another tool's sockmap."""
 
 import contextlib
 import socket
+import struct
 from collections.abc import Iterator
 
 import pytest
 
-from sockhop.datapath.splice_records import SpliceReason
+from sockhop.datapath.splice_records import LaneMode, SpliceReason
 from sockhop.kernel._libbpf import lib
 from sockhop.kernel.cgroups import AttachType, open_cgroup
 from sockhop.kernel.objects import BpfObject, object_path
 from tests.splice.stage import Place, Stage
+from tests.splice.tcpinfo import tcp_info
 
 pytestmark = pytest.mark.kernel
 
 _MPTCP = 262
+_TCP_ULP, _SOL_TLS = 31, 282
 
 
 @pytest.fixture
@@ -50,6 +53,36 @@ def test_mptcp(stage: Stage, both: bool) -> None:
         assert not stage.entries()
     assert stage.reasons().keys() <= {SpliceReason.ULP, SpliceReason.KERNEL}
     assert stage.counters().pairs == 0
+
+
+def _encrypt(one: socket.socket, keys: dict[int, int]) -> None:
+    """Set up kTLS 1.3 with AES-GCM-128; *keys*: TLS_TX and TLS_RX to a number for each."""
+    try:
+        one.setsockopt(socket.IPPROTO_TCP, _TCP_ULP, b"tls")
+    except OSError as error:
+        pytest.skip(f"setsockopt(TCP_ULP, tls): {error}")
+    for direction, number in keys.items():
+        # struct tls12_crypto_info_aes_gcm_128 (include/uapi/linux/tls.h)
+        secret = struct.pack("=HH", 0x0304, 51) + bytes([number]) * 36
+        one.setsockopt(_SOL_TLS, direction, secret)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_ktls(stage: Stage, before: bool) -> None:
+    """It is set up before the first bytes, or after some."""
+    client, server = stage.connected(Place.LOOPBACK4)
+    with client, server:
+        for each in (client, server):
+            each.settimeout(5)
+        if not before:
+            talk(client, server)
+        _encrypt(client, {1: 1, 2: 2})
+        _encrypt(server, {1: 2, 2: 1})
+        sent = tcp_info(client).bytes_sent
+        talk(client, server)
+        assert tcp_info(client).bytes_sent > sent + 3 * len(b"words"), "it is encrypted"
+        assert {stage.lane(each) for each in (client, server)} <= {LaneMode.STACK, None}
+    assert stage.reasons().keys() <= {SpliceReason.ULP, SpliceReason.UNPAIRED}
 
 
 def test_another_sockmap(stage: Stage) -> None:

@@ -18,7 +18,7 @@ _META = "linux-image-cloud-amd64"
 _KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 SUITES = ("bullseye-security", "bookworm", "bookworm-backports", "trixie-backports", "sid")
 # What the tests need and a cloud kernel has as a module.
-_MODULES = ("inet_diag", "tcp_diag", "udp_diag", "raw_diag", "veth", "dummy", "nf_tables")
+_MODULES = ("inet_diag", "tcp_diag", "udp_diag", "raw_diag", "veth", "dummy", "nf_tables", "tls")
 
 
 class Kernel(NamedTuple):
