@@ -9,14 +9,14 @@ from sockhop.bench.messages import Operation
 from sockhop.bench.report import ConnectReport, Result, Run
 from sockhop.model import Protocol
 
-__all__ = ["draw"]
+__all__ = ["FAINT", "INK", "draw", "text"]
 
 _COLOURS = {DIRECT: "#9aa5b1", SOCKHOP: "#1f6feb", NFTABLES: "#e8912d", HAPROXY: "#b5485d"}
 _TITLES = {
     Operation.CONNECT: "connect, close",
     Operation.ASK: "connect, 64 bytes there and back, close",
 }
-_INK, _FAINT = "#1f2933", "#616e7c"
+INK, FAINT = "#1f2933", "#616e7c"
 
 _MARGIN = 24
 _PANEL_WIDTH = 520
@@ -82,31 +82,31 @@ def _panel(report: ConnectReport, operation: Operation, protocol: Protocol) -> _
 
 def _head(report: ConnectReport) -> Iterator[str]:
     machine = report.machine
-    yield _text(_MARGIN, 32, "Time of one connection, by number of services", size=18, bold=True)
-    yield _text(
+    yield text(_MARGIN, 32, "Time of one connection, by number of services", size=18, bold=True)
+    yield text(
         _MARGIN,
         52,
         f"median and quartiles of {report.rounds} interleaved samples; in brackets: × direct, "
         f"median of the rounds.  {machine.cpu}, {machine.cpus} CPUs, Linux {machine.kernel}, "
         f"{machine.date[:10]}",
-        colour=_FAINT,
+        colour=FAINT,
     )
     x = _MARGIN
     for peer, colour in _COLOURS.items():
         yield f'<rect x="{x}" y="66" width="12" height="12" rx="2" fill="{colour}"/>'
-        yield _text(x + 18, 76, peer)
+        yield text(x + 18, 76, peer)
         x += 100
 
 
 def _draw_panel(panel: _Panel) -> Iterator[str]:
-    yield _text(0, 16, f"{panel.protocol}: {_TITLES[panel.operation]}", size=14, bold=True)
+    yield text(0, 16, f"{panel.protocol}: {_TITLES[panel.operation]}", size=14, bold=True)
     yield f'<line x1="0" y1="24" x2="{_PANEL_WIDTH}" y2="24" stroke="#d5dbe1"/>'
     scale = (_PANEL_WIDTH - _LABEL_WIDTH - _VALUE_WIDTH) / panel.highest
     y = _PANEL_HEAD
     for run, results in panel.groups:
         services = "1 service" if run.services == 1 else f"{run.services:,} services"
         middle = y + len(results) * _PITCH // 2
-        yield _text(_LABEL_WIDTH - 10, middle + 2, services, anchor="end")
+        yield text(_LABEL_WIDTH - 10, middle + 2, services, anchor="end")
         for result in results:
             yield from _draw_bar(result, y, scale)
             y += _PITCH
@@ -123,25 +123,26 @@ def _draw_bar(result: Result, y: int, scale: float) -> Iterator[str]:
     low, high = x + time.lower * scale, x + time.upper * scale
     yield (
         f'<path d="M{low:.1f} {middle}H{high:.1f}M{low:.1f} {y + 4}V{y + _BAR - 4}'
-        f'M{high:.1f} {y + 4}V{y + _BAR - 4}" stroke="{_INK}" stroke-opacity="0.55" fill="none"/>'
+        f'M{high:.1f} {y + 4}V{y + _BAR - 4}" stroke="{INK}" stroke-opacity="0.55" fill="none"/>'
     )
     ratio = "" if result.peer == DIRECT else f"  ({result.to_direct.median:.2f} ×)"
     end = max(high, x + time.median * scale)
-    yield _text(end + 8, y + 11, f"{time.median / 1000:.1f} µs{ratio}", colour=_FAINT)
+    yield text(end + 8, y + 11, f"{time.median / 1000:.1f} µs{ratio}", colour=FAINT)
 
 
-def _text(  # noqa: PLR0913
+def text(  # noqa: PLR0913
     x: float,
     y: float,
-    text: str,
+    said: str,
     *,
     size: int = 12,
     bold: bool = False,
-    colour: str = _INK,
+    colour: str = INK,
     anchor: str = "start",
 ) -> str:
+    """Return an SVG text at x, y."""
     weight = ' font-weight="600"' if bold else ""
     return (
         f'<text x="{x:.1f}" y="{y}" font-size="{size}" fill="{colour}" '
-        f'text-anchor="{anchor}"{weight}>{escape(text)}</text>'
+        f'text-anchor="{anchor}"{weight}>{escape(said)}</text>'
     )

@@ -128,7 +128,7 @@ class ConnectReport(msgspec.Struct, frozen=True):
 
 
 class SpliceResult(msgspec.Struct, frozen=True):
-    """One peer's messages of one size, or connections where `what` is setup.
+    """One peer's messages of one size, connections where `what` is setup, or a program's requests.
 
     `nanoseconds` by the clock and by the CPU time of both ends together, for each. The ratios are
     those of samples of the same round, plain TCP's time by this one's: above 1 is better.
@@ -147,12 +147,13 @@ class SpliceResult(msgspec.Struct, frozen=True):
 
 
 class SpliceReport(msgspec.Struct, frozen=True):
-    """`sockhop bench splice`."""
+    """`sockhop bench splice`. `left_out`: servers that were not measured, and why."""
 
     benchmark: str
     command: list[str]
     machine: Machine
     rounds: int
+    left_out: dict[str, str]
     results: list[SpliceResult]
 
 

@@ -2,12 +2,13 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from sockhop.bench.messages import Dial, Listen, Loop, Operation, Pin, Places, Talk, TalkServer
+from sockhop.bench.programs import Load, missing, prepare, run_load, serve
 from sockhop.bench.report import Machine, SpliceReport, SpliceResult, Spread, spread_of
 from sockhop.bench.rooms import Room, Site, Worker
 from sockhop.datapath.splice_records import (
@@ -41,11 +42,12 @@ _SETTLED = 1.1
 
 
 class SplicePlan(NamedTuple):
-    """What to measure, `rounds` times: messages there and back, and streams, of these sizes."""
+    """What to measure, `rounds` times: messages there and back and streams of a size, programs."""
 
     rounds: int
     exchanges: Sequence[int]
     streams: Sequence[int]
+    loads: Sequence[Load] = ()
 
 
 class _Stand(NamedTuple):
@@ -59,7 +61,7 @@ class _Stand(NamedTuple):
 
 
 _Kind = tuple[str, str, str, int, str]
-"""What: exchange, stream or setup; place; CPUs; size; peer."""
+"""What: exchange, stream, setup or the name of a load; place; CPUs; size; peer."""
 _Samples = dict[_Kind, list[tuple[float, float]]]
 """Nanoseconds of wall clock, and of CPU time on both sides, for a message or a connection."""
 
@@ -78,22 +80,25 @@ def measure_splice(
         far = {peer: _far_client(room) for peer, room in rooms.items()}
         sweeper = stack.enter_context(_spliced(site, ours, far[SPLICED]))
         unix = _unix(site, rooms[PLAIN])
+        loads, left_out = _furnish(site, plan.loads, rooms)
         loopback = [_Stand(p, r.client, _LOOPBACK, _PORT, r) for p, r in rooms.items()]
         veth = [_Stand(p, far[p], _VETH, _FAR_PORT, r) for p, r in rooms.items()]
         for number in range(plan.rounds + 1):
             say(f"round {number} of {plan.rounds}" if number else "warming up")
             kept: _Samples = samples if number else defaultdict(list)
-            back = number % 2
+            back = not number % 2
             for place, stands in (("loopback", [*loopback, unix]), ("veth", veth)):
                 order = stands[:: -1 if back else 1]
                 _exchange(kept, place, order, plan.exchanges)
                 _stream(kept, place, order, plan.streams, sweeper)
             _set_up(kept, loopback[:: -1 if back else 1])
+            _load(kept, loads, list(rooms.items())[:: -1 if back else 1])
     return SpliceReport(
         benchmark="splice",
         command=command,
         machine=Machine.here(),
         rounds=plan.rounds,
+        left_out=left_out,
         results=[_result(samples, kind) for kind in samples],
     )
 
@@ -165,6 +170,19 @@ def _vanilla(room: Room) -> Iterator[None]:
             lib.bpf_prog_detach2(pair, cgroup, AttachType.SOCK_OPS)
 
 
+def _furnish(
+    site: Site, loads: Sequence[Load], rooms: Mapping[str, Room]
+) -> tuple[list[Load], dict[str, str]]:
+    """Start the programs' servers; return the loads that can be run, and why the others cannot."""
+    servers = dict.fromkeys(load.server for load in loads)
+    left_out = {server: why for server in servers if (why := missing(server))}
+    for server in servers.keys() - left_out.keys():
+        prepare(server, site.directory)
+        for room in rooms.values():
+            serve(server, room, site.directory)
+    return [load for load in loads if load.server not in left_out], left_out
+
+
 # --- measuring ----------------------------------------------------------------------------------
 
 
@@ -213,6 +231,13 @@ def _set_up(samples: _Samples, stands: Sequence[_Stand]) -> None:
         taken = stand.client.ask(Loop(Operation.CONNECT, Protocol.TCP, "server", _SETUPS)).value
         kind = "setup", "loopback", "two CPUs", 0, stand.peer
         samples[kind].append((taken / _SETUPS, taken / _SETUPS))
+
+
+def _load(samples: _Samples, loads: Sequence[Load], rooms: Sequence[tuple[str, Room]]) -> None:
+    for load in loads:
+        for peer, room in rooms:
+            kind = load.name, "loopback", "two CPUs", 0, peer
+            samples[kind].append(run_load(load, room))
 
 
 def _each(taken: dict[str, float], count: int) -> tuple[float, float]:

@@ -174,21 +174,33 @@ def sync(services: int | None, quick: bool, output: Path | None, backends: int) 
     type=click.IntRange(2, 10_000),
     help=f"How many samples are taken of everything [default: {_SPLICE_ROUNDS}].",
 )
-def splice(quick: bool, output: Path | None, rounds: int | None) -> None:
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw the medians to this SVG file.",
+)
+def splice(quick: bool, output: Path | None, rounds: int | None, plot: Path | None) -> None:
     """Measure splicing beside plain TCP, a sockhash by tuple and Unix sockets.
 
-    Messages there and back, on one CPU and on two, streams, and setting connections up; on loopback
-    and between two network namespaces. A table goes to standard error, JSON to standard output.
+    Messages there and back, on one CPU and on two, streams, and setting connections up, on loopback
+    and between two network namespaces; then Redis, PostgreSQL, nginx and iperf3 under their own
+    clients' load, where they are installed. A table goes to standard error, JSON to standard
+    output.
     """
-    from sockhop.bench.splice import SplicePlan, measure_splice  # noqa: PLC0415 (slow)
+    from sockhop.bench.plot_splice import draw_splice  # noqa: PLC0415 (slow)
+    from sockhop.bench.programs import LOADS  # noqa: PLC0415
+    from sockhop.bench.splice import SplicePlan, measure_splice  # noqa: PLC0415
 
     plan = SplicePlan(
         rounds=rounds or (2 if quick else _SPLICE_ROUNDS),
         exchanges=(64, 4096) if quick else (1, 64, 1024, 4096, 16384, 65536),
         streams=(16384,) if quick else (1024, 4096, 16384, 65536, 131072),
+        loads=LOADS,
     )
-    report = _perform([output], lambda site: measure_splice(site, plan, sys.argv[1:], _say))
+    report = _perform([output, plot], lambda site: measure_splice(site, plan, sys.argv[1:], _say))
     _publish(report, output)
+    if plot:
+        plot.write_text(draw_splice(report))
     _say(_splice_table(report))
 
 
@@ -352,7 +364,8 @@ def _splice_table(report: "SpliceReport") -> str:
                 _quartiles(result.per_cpu_to_plain, ".2f"),
             ]
         )
-    return f"{table(rows)}\n\n{report.rounds} rounds; {report.machine.cpu}"
+    left_out = "".join(f"\n{name}: {why}" for name, why in report.left_out.items())
+    return f"{table(rows)}\n\n{report.rounds} rounds; {report.machine.cpu}{left_out}"
 
 
 def _sync_table(report: "SyncReport") -> str:
