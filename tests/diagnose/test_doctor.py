@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from sockhop.diagnose.causes import Cause
-from sockhop.diagnose.doctor import Diagnosis, Origin, diagnose
+from sockhop.diagnose.dial import Question
+from sockhop.diagnose.doctor import Diagnosis, diagnose
 from sockhop.diagnose.heal import heal
+from sockhop.diagnose.matrix import Origin
 from sockhop.diagnose.pairs import examine
 from sockhop.diagnose.visit import Visitor, open_sockmaps
 from sockhop.kernel import netns
@@ -22,7 +25,7 @@ from sockhop.kernel._libbpf import lib
 from sockhop.kernel.namespaces import Namespace, Namespaces
 from sockhop.model import pack_address
 from tests.diagnose.incident import Incident, incident, reset
-from tests.diagnose.load import REQUEST, SERVER, Load, Server
+from tests.diagnose.load import SERVER, Load, Server
 from tests.sandbox import Sandbox, compact, wait_until
 from tests.splice.stage import Place, Stage
 
@@ -38,9 +41,11 @@ def origin(stage: Stage) -> Origin:
     return Origin("far", place)
 
 
-def ask(stage: Stage, port: int, *, request: bytes = REQUEST, count: int = 2) -> Diagnosis:
-    target = (pack_address(SERVER), port)
-    return diagnose(target, [origin(stage)], NOBODY, request=request, count=count, timeout=0.4)
+def ask(
+    stage: Stage, port: int, *, path: str = "/health", count: int = 2, alone: bool = True
+) -> Diagnosis:
+    question = Question(pack_address(SERVER), port, path, count, 0.4)
+    return diagnose(question, [origin(stage)], NOBODY, alone=alone)
 
 
 def causes(found: Diagnosis) -> list[Cause]:
@@ -52,8 +57,9 @@ def because(found: Diagnosis) -> str:
     return only.because
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def stage() -> Iterator[Stage]:
+    """One for all tests that leave it as it was."""
     with Stage(spliced=False) as made:
         yield made
 
@@ -82,7 +88,7 @@ def test_healthy(stage: Stage) -> None:
                 found = ask(stage, port)
                 assert (found.conclusions, found.dialled[0].failed) == ([], 0)
                 assert netns.inode(stage.sandbox.netns) in found.owners
-        assert ask(stage, server.port, request=b"").conclusions == []
+        assert ask(stage, server.port, path="").conclusions == []
 
 
 @contextmanager
@@ -137,7 +143,8 @@ def test_a_server_of_the_other_family(stage: Stage) -> None:
                     server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 server.bind((where, 7071))
                 server.listen()
-                found = diagnose((pack_address(asked), 7071), [origin(stage)], NOBODY, count=1)
+                question = Question(pack_address(asked), 7071, count=1)
+                found = diagnose(question, [origin(stage)], NOBODY, alone=True)
                 assert causes(found) == [Cause.NOT_LISTENING]
     with rules(stage.sandbox.netns, "input tcp dport 7072 reject with tcp reset"):
         with netns.entered(stage.sandbox.netns):
@@ -197,7 +204,7 @@ def _queue_of_listener(port: int) -> str:
     ("does", "said"),
     [
         ("nothing", "has read it, and says nothing"),
-        ("not read", f"has not read {len(REQUEST)} bytes"),
+        ("not read", "has not read"),
         ("close", "closed by the server"),
     ],
 )
@@ -206,6 +213,9 @@ def test_server_accepts_and_does_not_answer(stage: Stage, does: str, said: str) 
         found = ask(stage, server.port)
         assert causes(found) == [Cause.NOT_ANSWERING]
         assert said in because(found)
+        if does == "not read":
+            (asked,) = re.findall(r"has not read (\d+) bytes", because(found))
+            assert int(asked) == len(Question(pack_address(SERVER), server.port, "/health").request)
 
 
 @pytest.mark.parametrize(
@@ -227,12 +237,12 @@ def test_filtered_on_the_way(stage: Stage, rule: str, said: str) -> None:
 
 
 def test_nobody_has_the_address(stage: Stage) -> None:
-    target = (pack_address("10.77.0.99"), 80)
-    found = diagnose(target, [origin(stage)], NOBODY, count=1, timeout=0.3)
+    question = Question(pack_address("10.77.0.99"), 80, count=1, timeout=0.3)
+    found = diagnose(question, [origin(stage)], NOBODY)
     assert causes(found) == [Cause.FILTERED]
     assert "no network namespace of this node has the address" in because(found)
-    target = (pack_address("203.0.113.1"), 80)
-    found = diagnose(target, [origin(stage)], NOBODY, count=1, timeout=0.3)
+    question = Question(pack_address("203.0.113.1"), 80, count=1, timeout=0.3)
+    found = diagnose(question, [origin(stage)], NOBODY)
     assert causes(found) == [Cause.NO_ROUTE]
 
 
@@ -246,30 +256,48 @@ def test_mtu_black_hole(stage: Stage) -> None:
             assert causes(ask(stage, server.port)) == [Cause.MTU]
 
 
-def few_ports(stage: Stage, number: int) -> list[int]:
-    """Leave the clients of doctor only so many ports; return them."""
+@contextmanager
+def few_ports(stage: Stage, number: int) -> Iterator[list[int]]:
+    """Leave the clients of doctor only so many ports while the body runs, these."""
+    ports = list(range(30000, 30000 + number))
+    before = _set_ports(stage, f"{ports[0]} {ports[-1]}")
+    try:
+        yield ports
+    finally:
+        _set_ports(stage, before)
+
+
+def _set_ports(stage: Stage, ports: str) -> str:
+    path = Path("/proc/sys/net/ipv4/ip_local_port_range")
     with netns.entered(stage.other):
-        Path("/proc/sys/net/ipv4/ip_local_port_range").write_text(f"30000 {29999 + number}")
-    return list(range(30000, 30000 + number))
+        before = path.read_text()
+        path.write_text(ports)
+    return before
 
 
 def test_stale_sockmap_entry() -> None:
     with incident() as at, Server(at.stage, "nothing") as server:
-        for port in few_ports(at.stage, 4):
-            client = at.stage.client(Place.VETH4, port)
-            client.connect((SERVER, server.port))
-            client.sendall(b"ping")
-            wait_until(lambda: _unread(at) == 0, "the server to read")
-            reset(client)
-        wait_until(lambda: at.audit(0).result.stale_closed == 4, "stale entries")
-        server.does = "answer"
-        found = ask(at.stage, server.port)
+        with few_ports(at.stage, 4) as ports:
+            for port in ports:
+                client = at.stage.client(Place.VETH4, port)
+                client.connect((SERVER, server.port))
+                client.sendall(b"ping")
+                wait_until(lambda: _unread(at) == 0, "the server to read")
+                reset(client)
+            wait_until(lambda: at.audit(0).result.stale_closed == 4, "stale entries")
+            server.does = "answer"
+            found = ask(at.stage, server.port, alone=False)
         assert causes(found) == [Cause.STALE_ENTRY], found
+        text = "\n".join(found.evidence)
+        assert "from far TCP connects every time" in text
+        assert f"from {at.stage.sandbox.name}, which has the address all succeed" in text
         assert found.dialled[0].percent == 100
         assert "(stale: closed)" in because(found)
         assert "(tcp_bpf) splices to it, and not to" in because(found)
+        assert f"/{os.getpid()}" in because(found)
+        assert "no segment moves: segs_out stays " in because(found)
+        assert re.search(r"\d+ bytes wait there, where nobody expects them", because(found))
         heal([at.audit()], lose_unread=True)
-        few_ports(at.stage, 20000)
         found = ask(at.stage, server.port, count=1000)
         assert found.dialled[0].results == {"answered": 1000}
 
@@ -279,8 +307,11 @@ def _unread(at: Incident) -> int:
 
 
 def test_no_free_local_port(stage: Stage) -> None:
-    (port,) = few_ports(stage, 1)
-    with Server(stage, "nothing") as server, stage.client(Place.VETH4, port) as client:
+    with (
+        few_ports(stage, 1) as (port,),
+        Server(stage, "nothing") as server,
+        stage.client(Place.VETH4, port) as client,
+    ):
         client.connect((SERVER, server.port))
         assert causes(ask(stage, server.port)) == [Cause.NO_PORT]
 
@@ -288,7 +319,7 @@ def test_no_free_local_port(stage: Stage) -> None:
 def test_half_spliced_pair() -> None:
     """Two namespaces use the same addresses, and one map; in one an end is not in it."""
     with incident() as at, ExitStack() as stack:
-        (port,) = few_ports(at.stage, 1)
+        (port,) = stack.enter_context(few_ports(at.stage, 1))
         _, held = (stack.enter_context(each) for each in _connection(("127.0.0.1", 7777), port))
         (key,) = (
             each.key
@@ -299,13 +330,11 @@ def test_half_spliced_pair() -> None:
         with netns.entered(at.stage.other):
             listener = socket.create_server(("127.0.0.1", 7777))
         with Server(at.stage, listener=listener):
-            target = (pack_address("127.0.0.1"), 7777)
-            found = diagnose(
-                target, [origin(at.stage)], NOBODY, request=REQUEST, count=1, timeout=0.4
-            )
+            question = Question(pack_address("127.0.0.1"), 7777, "/health", 1, 0.4)
+            found = diagnose(question, [origin(at.stage)], NOBODY)
         assert causes(found) == [Cause.HALF_SPLICED]
         assert "another connection with the same addresses" in because(found)
-        assert held.recv(4096) == REQUEST  # it went to the wrong one
+        assert held.recv(4096) == question.request  # it went to the wrong one
 
 
 def _connection(to: tuple[str, int], port: int) -> tuple[socket.socket, socket.socket]:
@@ -319,9 +348,10 @@ def test_no_backend_and_one_that_is_gone(sandbox: Sandbox) -> None:
         none={"frontends": ["10.96.0.1:80/tcp"], "backends": []},
         gone={"frontends": ["10.96.0.1:81/tcp"], "backends": ["10.96.0.1:9"]},
     )
+    address = pack_address("10.96.0.1")
     with sandbox.agent(sandbox.manifest(text)):
         none, gone = (
-            diagnose((pack_address("10.96.0.1"), port), [Origin("here", None)], sandbox.pins)
+            diagnose(Question(address, port), [Origin("here", None)], sandbox.pins)
             for port in (80, 81)
         )
     assert causes(none) == [Cause.NO_BACKEND]
@@ -333,8 +363,8 @@ def test_policy_denial(sandbox: Sandbox) -> None:
     policy = {"name": "no", "deny": [{"cidr": "127.0.9.0/24"}]}
     text = json.dumps({"version": 1, "services": [], "policies": [policy]})
     with sandbox.agent(sandbox.manifest(text)):
-        target = (pack_address("127.0.9.1"), 80)
-        found = diagnose(target, [Origin("here", None)], sandbox.pins, count=2)
+        question = Question(pack_address("127.0.9.1"), 80, count=2)
+        found = diagnose(question, [Origin("here", None)], sandbox.pins)
     assert causes(found) == [Cause.DENIED]
 
 

@@ -1,6 +1,7 @@
 """`sockhop doctor`."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,16 @@ from sockhop.cli.output import Column, counted, print_rows, print_value
 from sockhop.errors import InputError
 
 if TYPE_CHECKING:
-    from sockhop.diagnose.doctor import Diagnosis, Origin
+    from sockhop.diagnose.dial import Question
+    from sockhop.diagnose.doctor import Diagnosis
+    from sockhop.diagnose.matrix import Origin
 
 __all__ = ["command"]
 
+_PLAIN = r"/[A-Za-z0-9/_.~%?=+,:@-]*"
 _TARGET = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+)):(\d{1,5})")
+_LAST = 3
+"""So many lines of kubelet's log are shown."""
 _COLUMNS = (
     Column("FROM", "origin"),
     Column("CONNECTIONS", "attempts"),
@@ -38,8 +44,25 @@ _COLUMNS = (
     multiple=True,
     metavar="NETNS",
     help="Dial from this network namespace, a name of `ip netns` or a path, instead of from here; "
-    "may be given several times.",
+    "may be given several times. `all`: from all that lead there.",
 )
+@click.option(
+    "--remote",
+    "remotes",
+    multiple=True,
+    metavar="COMMAND",
+    help="Dial from elsewhere, too: this command, such as 'ssh node2', runs there sockhop or else "
+    "curl; may be given several times.",
+)
+@click.option(
+    "--kubelet-log",
+    "logs",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Where kubelet's log is [default: the usual files, and the journal].",
+)
+@click.option("--alone", is_flag=True, help="Do not dial from other places, too, if one fails.")
 @click.option(
     "--count",
     type=click.IntRange(1, 1000),
@@ -76,6 +99,9 @@ def command(  # noqa: PLR0913, PLR0917 (click passes them by name)
     target: str | None,
     http: str | None,
     origins: tuple[str, ...],
+    remotes: tuple[str, ...],
+    logs: tuple[Path, ...],
+    alone: bool,
     count: int,
     timeout: float,
     watching: bool,
@@ -87,7 +113,8 @@ def command(  # noqa: PLR0913, PLR0917 (click passes them by name)
 
     Makes fresh connections, as a health check does, with a request on each if --http is given;
     looks at both ends of one that hangs, at the server's queue, at sockmaps, at our own services;
-    and says what is wrong, what shows it and what to do. Exit status 1 if a connection fails.
+    dials from other places, too, if one fails, and looks into kubelet's log; and says what is
+    wrong, what shows it and what to do. Exit status 1 if a connection fails.
 
     With --watch it tells what begins to harm connections of this node, and what is over, as the
     agent does by itself (`sockhop agent --watch-every`, `sockhop status`, `sockhop events`).
@@ -103,51 +130,70 @@ def command(  # noqa: PLR0913, PLR0917 (click passes them by name)
         raise InputError("which address? ADDRESS:PORT, or --watch for the whole node")
     from sockhop.diagnose.doctor import diagnose  # noqa: PLC0415 (slow to import)
 
+    question = _question(target, http, count, timeout, remote=bool(remotes))
     found = diagnose(
-        _target(target),
-        _origins(origins),
+        question,
+        _origins(origins, question),
         bpffs_path(),
-        request=_request(http, target),
-        count=count,
-        timeout=timeout,
+        remotes=[_words(each) for each in remotes],
+        logs=logs or None,
+        alone=alone,
     )
     if output in ("json", "yaml"):
         print_value(found, output)
     else:
         _print(found, output)
-    return int(any(each.failed for each in found.dialled))
+    return int(found.fails)
 
 
-def _target(text: str) -> tuple[bytes, int]:
+def _question(
+    target: str, path: str | None, count: int, timeout: float, *, remote: bool
+) -> "Question":
+    from sockhop.diagnose.dial import Question  # noqa: PLC0415
     from sockhop.model import pack_address, parse_address  # noqa: PLC0415
 
-    found = _TARGET.fullmatch(text)
+    found = _TARGET.fullmatch(target)
     try:
         if not found or not 0 < int(found[3]) < 1 << 16:
             raise ValueError
-        return pack_address(parse_address(found[1] or found[2])), int(found[3])
+        address = pack_address(parse_address(found[1] or found[2]))
     except ValueError:
         raise InputError(
-            f"{text!r} is no address with a port", hint="for example 10.0.1.7:8080 or [fd00::7]:80"
+            f"{target!r} is no address with a port",
+            hint="for example 10.0.1.7:8080 or [fd00::7]:80",
         ) from None
-
-
-def _request(path: str | None, target: str) -> bytes:
-    if path is None:
-        return b""
-    if not re.fullmatch(r"/[!-~]*", path):
+    if path is not None and not re.fullmatch(r"/[!-~]*", path):
         raise InputError(f"--http: {path!r} is no path", hint="for example /health")
-    lines = (f"GET {path} HTTP/1.1", f"Host: {target}", "Connection: close", "", "")
-    return "\r\n".join(lines).encode()
+    if path is not None and remote and not re.fullmatch(_PLAIN, path):
+        raise InputError(
+            f"--http: {path!r} could mean something to a shell, which --remote may go through",
+            hint="write such characters as %26 (&), %3B (;) ...",
+        )
+    return Question(address, int(found[3]), path or "", count, timeout)
 
 
-def _origins(names: tuple[str, ...]) -> "list[Origin]":
-    from sockhop.diagnose.doctor import Origin  # noqa: PLC0415
+def _words(command: str) -> list[str]:
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise InputError(f"--remote {command!r}: {error}") from None
+    if not words:
+        raise InputError("--remote: this is no command", hint="for example --remote 'ssh node2'")
+    return words
+
+
+def _origins(names: tuple[str, ...], question: "Question") -> "list[Origin]":
+    from sockhop.diagnose.matrix import Origin  # noqa: PLC0415
+    from sockhop.diagnose.topology import Topology, name_of  # noqa: PLC0415
     from sockhop.kernel import netns  # noqa: PLC0415
-    from sockhop.kernel.namespaces import Namespace  # noqa: PLC0415
+    from sockhop.kernel.namespaces import Namespace, Namespaces  # noqa: PLC0415
 
     found = [] if names else [Origin("here", None)]
     for name in names:
+        if name == "all":
+            ways = Topology(Namespaces().all(), question.address)
+            found += [Origin(name_of(each), each) for each in ways.owners() + ways.sources()]
+            continue
         path = Path(name) if "/" in name else Path("/run/netns") / name
         try:
             inode = netns.inode(path)
@@ -164,9 +210,25 @@ def _print(found: "Diagnosis", output: str) -> None:
         click.echo(f"{found.target} is an address of network namespace {owners}")
     elif not found.loopback:
         click.echo(f"{found.target} is an address of no network namespace of this node")
+    for way in found.ways:
+        click.echo(f"way: {way}")
+    click.echo()
     print_rows(found.dialled, _COLUMNS, output)
     for each in found.conclusions:
-        click.echo(f"\n{each.cause} (from {each.origin})\n  {each.because}\n  do: {each.advice}")
+        click.echo(
+            f"\n{each.cause} (from {each.origin}; layer: {each.layer})\n"
+            f"  {each.because}\n  do: {each.advice}"
+        )
+    _print_lines("what else was seen:", found.evidence)
+    if found.kubelet:
+        number = len(found.kubelet)
+        _print_lines(f"kubelet has logged {counted(number, 'failed probe')}, the last:",
+                     found.kubelet[-_LAST:])  # fmt: skip
     if not any(each.failed for each in found.dialled):
         number = sum(each.attempts for each in found.dialled)
         click.echo(f"\nnothing is wrong: {counted(number, 'connection')} of {number:,} succeed")
+
+
+def _print_lines(title: str, lines: list[str]) -> None:
+    if lines:
+        click.echo("\n".join(("", title, *(f"  {line}" for line in lines))))

@@ -102,17 +102,19 @@ def print_pairs(check: "PairCheck", output: str) -> None:
         )
         click.echo(f"  {each.cause}")
         if each.harmful:
-            moved = "no segment moved" if each.still else "segments moved"
+            stray = f", where {each.strayed:,} bytes wait" if each.strayed else ""
+            counts = f"(segs_out {each.spliced.segs_out}, segs_in {each.spliced.segs_in})"
+            moved = f"no segment moved {counts}" if each.still else "segments moved"
             click.echo(
-                "  what the first sends goes to that entry's socket, and the second waits for it; "
-                f"between the looks {moved}"
+                f"  what the first sends goes to that entry's socket{stray}, and the second waits "
+                f"for it; between the looks {moved}"
             )
     if check.queued and output == "wide":
-        click.echo("\nbytes that nobody has read between the looks:")
+        click.echo("\nbytes that waited at both looks: their programs do not read, or not enough:")
         print_rows(check.queued, _QUEUED, output)
     elif check.queued:
-        click.echo(f"\nnote: in {counted(len(check.queued), 'socket')} wait bytes that nobody has "
-                   "read between the looks: -o wide lists them")  # fmt: skip
+        click.echo(f"\nnote: in {counted(len(check.queued), 'socket')} bytes waited at both looks, "
+                   "whose programs do not read, or not enough: -o wide lists them")  # fmt: skip
 
 
 def _side(side: "Side") -> str:

@@ -3,15 +3,18 @@
 import errno
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, Self
+
+import msgspec
 
 from sockhop.kernel.namespaces import Namespace, entered
-from sockhop.model import unpack_address
+from sockhop.model import endpoint, unpack_address
 
-__all__ = ["Attempt", "Result", "dialled"]
+__all__ = ["Attempt", "Dialling", "Question", "Result", "dialled"]
 
 _SMALL = 536
 """Bytes of a segment that pass everywhere (RFC 9293, 3.7.1)."""
@@ -34,6 +37,58 @@ class Result(StrEnum):
     def is_good(self) -> bool:
         """Whether nothing is wrong."""
         return self in (Result.ANSWERED, Result.CONNECTED)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to dial: a packed `address` and a TCP `port`; and how: `count` times.
+
+    `path`: what to ask for with HTTP on each connection, "": only connect; `timeout`: seconds that
+    a connection, and an answer, may take.
+    """
+
+    address: bytes
+    port: int
+    path: str = ""
+    count: int = 5
+    timeout: float = 1
+
+    @property
+    def name(self) -> str:
+        """The target as people write it."""
+        return endpoint(unpack_address(self.address), self.port)
+
+    @property
+    def request(self) -> bytes:
+        """What to send, b"" for nothing."""
+        if not self.path:
+            return b""
+        lines = (f"GET {self.path} HTTP/1.1", f"Host: {self.name}", "Connection: close", "", "")
+        return "\r\n".join(lines).encode()
+
+
+class Dialling(msgspec.Struct, frozen=True):
+    """What came of dialling from one place: how many attempts ended how.
+
+    `compared`: that place was not asked for, but tried to tell where the fault lies.
+    """
+
+    origin: str
+    attempts: int
+    failed: int
+    results: dict[Result, int]
+    compared: bool = False
+
+    @property
+    def percent(self) -> int:
+        """How many of 100 fail."""
+        return round(100 * self.failed / self.attempts)
+
+    @classmethod
+    def of(cls, origin: str, results: Mapping[Result, int], *, compared: bool = False) -> Self:
+        """Return what these results mean."""
+        failed = sum(n for result, n in results.items() if not result.is_good)
+        return cls(origin, sum(results.values()), failed, dict(results), compared)
 
 
 class Attempt(NamedTuple):
@@ -62,23 +117,19 @@ _RESULTS = {
 @contextmanager
 def dialled(
     place: Namespace | None,
-    target: tuple[bytes, int],
-    request: bytes,
+    question: Question,
     *,
-    count: int = 1,
-    timeout: float = 1,
     small: bool = False,
 ) -> Iterator[Sequence[Attempt]]:
-    """Connect *count* times, one after the other, and have the attempts while the body runs.
+    """Connect one time after the other, and have the attempts while the body runs.
 
-    *place*: from there (None: from here). *target*: a packed address and a port. *request* is sent
-    on each connection, and an answer waited for, *timeout* seconds; b"": only connect. *small*: ask
-    for small segments. NamespaceGone where *place* is.
+    *place*: from there (None: from here). *small*: ask for small segments. NamespaceGone where
+    *place* is.
     """
     attempts: list[Attempt] = []
     try:
-        for _ in range(count):
-            made = _attempt(place, target, request, timeout, small=small)
+        for _ in range(question.count):
+            made = _attempt(place, question, small=small)
             if any(each.result is made.result is Result.SILENT for each in attempts):
                 made.socket.close()
             attempts.append(made)
@@ -88,26 +139,19 @@ def dialled(
             each.socket.close()
 
 
-def _attempt(
-    place: Namespace | None,
-    target: tuple[bytes, int],
-    request: bytes,
-    timeout: float,
-    *,
-    small: bool,
-) -> Attempt:
-    address = unpack_address(target[0])
+def _attempt(place: Namespace | None, question: Question, *, small: bool) -> Attempt:
+    address = unpack_address(question.address)
     with entered(place) if place else nullcontext():
         made = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
-    made.settimeout(timeout)
+    made.settimeout(question.timeout)
     if small:
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, _SMALL)
     begin, number = time.monotonic(), 0
     connected = False
     try:
-        made.connect((address, target[1]))
+        made.connect((address, question.port))
         connected = True
-        result = _ask(made, request) if request else Result.CONNECTED
+        result = _ask(made, question.request) if question.path else Result.CONNECTED
     except TimeoutError:
         result = Result.SILENT if connected else Result.TIMEOUT
     except OSError as error:

@@ -5,8 +5,8 @@ import socket
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
@@ -15,9 +15,12 @@ from sockhop.datapath.listing import list_here
 from sockhop.datapath.records import BackendRecord, FrontendKey
 from sockhop.datapath.sockets import Socket
 from sockhop.diagnose.causes import Cause
-from sockhop.diagnose.dial import Attempt, Result, dialled
+from sockhop.diagnose.dial import Attempt, Dialling, Question, Result, dialled
+from sockhop.diagnose.kubelet import probe_failures
+from sockhop.diagnose.matrix import Origin, compare, evidence
 from sockhop.diagnose.pairs import examine, match_pairs, unread_from_stack
 from sockhop.diagnose.records import AuditFlag
+from sockhop.diagnose.remote import dial_remotely
 from sockhop.diagnose.sentences import (
     AT_ONCE,
     LISTEN,
@@ -31,16 +34,14 @@ from sockhop.diagnose.sentences import (
     spliced,
     timed_out,
 )
+from sockhop.diagnose.topology import Topology, Way
 from sockhop.diagnose.visit import End, Visitor, open_sockmaps
 from sockhop.errors import SystemLackError
 from sockhop.kernel.namespaces import Namespace, NamespaceGone, Namespaces, entered
 from sockhop.kernel.procfs import find_holders
-from sockhop.kernel.routes import Routes
 from sockhop.model import endpoint, is_loopback, unpack_address
 
-__all__ = ["Conclusion", "Diagnosis", "Dialling", "diagnose"]
-
-Target = tuple[bytes, int]
+__all__ = ["Conclusion", "Diagnosis", "diagnose"]
 
 
 class Conclusion(msgspec.Struct, frozen=True):
@@ -51,114 +52,146 @@ class Conclusion(msgspec.Struct, frozen=True):
     because: str
     advice: str
 
-
-class Dialling(msgspec.Struct, frozen=True):
-    """What came of dialling from one place: how many attempts ended how."""
-
-    origin: str
-    attempts: int
-    failed: int
-    results: dict[Result, int]
-
     @property
-    def percent(self) -> int:
-        """How many of 100 fail."""
-        return round(100 * self.failed / self.attempts)
+    def layer(self) -> str:
+        """Where the cause lies."""
+        return self.cause.layer
 
 
 class Diagnosis(msgspec.Struct, frozen=True):
     """The answer for a target. `owners`: the namespaces (inodes) that have its address, none if it
-    is a `loopback` one, which every namespace has."""
+    is a `loopback` one, which every namespace has.
+
+    `evidence`: what else was tried where something fails, and what that rules out; `kubelet`: lines
+    of its log about the target.
+    """
 
     target: str
     loopback: bool
     owners: list[int]
+    ways: list[Way]
     dialled: list[Dialling]
     conclusions: list[Conclusion]
+    evidence: list[str]
+    kubelet: list[str]
 
-
-class Origin(NamedTuple):
-    """A place to dial from, and how people call it."""
-
-    name: str
-    place: Namespace | None
+    @property
+    def fails(self) -> bool:
+        """Whether a connection fails from a place that was asked for."""
+        return any(each.failed for each in self.dialled if not each.compared)
 
 
 def diagnose(
-    target: Target,
+    question: Question,
     origins: Sequence[Origin],
     pins: Path,
     *,
-    request: bytes = b"",
-    count: int = 5,
-    timeout: float = 1,
+    remotes: Sequence[Sequence[str]] = (),
+    logs: Sequence[Path] | None = None,
+    alone: bool = False,
 ) -> Diagnosis:
-    """Dial *target*, a packed address and a TCP port, *count* times from each of *origins*.
+    """Dial from each of *origins*, and behind each of *remotes* (commands that run another).
 
-    *request*: what to ask on each connection, b"": only connect; *pins*: the bpffs directory of an
-    agent, if one runs. Each kind of failure is looked into once for each origin.
+    Each kind of failure is looked into once for each origin. Where one fails, other namespaces are
+    dialled from, too, and kubelet's logs are read, unless *alone*. *pins*: the bpffs directory of
+    an agent, if one runs; *logs*: kubelet's, None for where they usually are.
     """
-    done: list[Dialling] = []
+    asked: list[tuple[Origin, Dialling]] = []
     conclusions: list[Conclusion] = []
     with Visitor() as visitor:
-        doctor = _Doctor(visitor, pins, request, count, timeout)
+        doctor = _Doctor(visitor, pins, question)
         for origin in origins:
             with suppress(NamespaceGone):
-                dialling, found = doctor.visit(origin, target)
-                done.append(dialling)
+                dialling, found = doctor.visit(origin)
+                asked.append((origin, dialling))
                 conclusions += (Conclusion(each.cause, origin.name, *each[1:]) for each in found)
-        owners = sorted({each.inode for each in doctor.owners(target)})
-    address = unpack_address(target[0])
-    name = endpoint(address, target[1])
-    return Diagnosis(name, is_loopback(address), owners, done, conclusions)
+        ways = doctor.ways([origin for origin, _ in asked])
+        afar = [dial_remotely(each, question) for each in remotes]
+        conclusions += [_only_afar(each) for each in afar if each.failed and not conclusions]
+        rows = [row for _, row in asked] + afar
+        fails = any(each.failed for each in rows)
+        compared = doctor.compare(origins) if fails and not alone else []
+        seen = evidence(question, asked, [*afar, *compared]) if fails and not alone else []
+    return Diagnosis(
+        question.name,
+        is_loopback(unpack_address(question.address)),
+        sorted({each.inode for each in doctor.owners()}),
+        ways,
+        rows + compared,
+        conclusions,
+        seen,
+        _of_kubelet(question, logs) if fails and not alone else [],
+    )
+
+
+def _of_kubelet(question: Question, logs: Sequence[Path] | None) -> list[str]:
+    if logs is None:
+        return probe_failures(question.name)
+    return probe_failures(question.name, logs, journal=False)
+
+
+def _only_afar(row: Dialling) -> Conclusion:
+    return Conclusion(
+        Cause.FILTERED,
+        row.origin,
+        f"{row.failed} of {row.attempts} connections from there fail, and none from this node",
+        "run doctor there, and look at what is between the two nodes",
+    )
 
 
 class _Doctor:
-    def __init__(
-        self, visitor: Visitor, pins: Path, request: bytes, count: int, timeout: float
-    ) -> None:
+    def __init__(self, visitor: Visitor, pins: Path, question: Question) -> None:
         self._visitor = visitor
         self._pins = pins
-        self._request = request
-        self._count = count
-        self._timeout = timeout
+        self._question = question
         self._places = Namespaces().all()
         if not self._places:
             raise SystemLackError(
                 "no network namespace can be told from another here",
                 hint="this needs root, to enter them",
             )
+        self._here = _own_namespace(self._places)
+        loopback = is_loopback(unpack_address(question.address))
+        self._topology = None if loopback else Topology(self._places, question.address)
 
-    def visit(self, origin: Origin, target: Target) -> tuple[Dialling, list[Found]]:
+    def visit(self, origin: Origin) -> tuple[Dialling, list[Found]]:
         found: list[Found] = []
-        with dialled(
-            origin.place, target, self._request, count=self._count, timeout=self._timeout
-        ) as attempts:
+        with dialled(origin.place, self._question) as attempts:
             results = Counter(each.result for each in attempts)
             for result in results:
                 first = next(each for each in attempts if each.result is result)
                 if not result.is_good:
-                    found += self._explain(origin, target, first)
-        failed = sum(n for result, n in results.items() if not result.is_good)
+                    found += self._explain(origin, first)
         causes = {each.cause: each for each in found}
-        return Dialling(origin.name, len(attempts), failed, dict(results)), list(causes.values())
+        return Dialling.of(origin.name, results), list(causes.values())
 
-    def owners(self, target: Target, place: Namespace | None = None) -> list[Namespace]:
+    def ways(self, origins: Sequence[Origin]) -> list[Way]:
+        """Return how each of *origins* gets to the target; none where it is a frontend."""
+        if self._topology is None or self._backends() is not None:
+            return []
+        found = [self._topology.way(each.name, each.place or self._here) for each in origins]
+        return [each for each in found if each]
+
+    def compare(self, origins: Sequence[Origin]) -> list[Dialling]:
+        """Dial from where nobody has asked for: where the address is, and from some others."""
+        if self._topology is None or self._backends() is not None:
+            return []
+        known = {(each.place or self._here).inode for each in origins}
+        owners = [each for each in self.owners() if each.inode not in known]
+        # Where the way is not known to lead there, the address may be that of another.
+        others = self._topology.sources() if self.owners() else []
+        return compare(self._question, owners, [each for each in others if each.inode not in known])
+
+    def owners(self, place: Namespace | None = None) -> list[Namespace]:
         """Return the namespaces that have the target's address; a loopback one is *place*'s own."""
-        if is_loopback(unpack_address(target[0])):
+        if self._topology is None:
             return [each for each in self._places if place and each.inode == place.inode]
-        found = []
-        for each in self._places:
-            with suppress(NamespaceGone, OSError), entered(each), Routes() as routes:
-                route = routes.find(target[0])
-                if route and route.local:
-                    found.append(each)
-        return found
+        return self._topology.owners()
 
     # --- one failure --------------------------------------------------------------------------
 
-    def _explain(self, origin: Origin, target: Target, attempt: Attempt) -> list[Found]:
-        backends = self._backends(target)
+    def _explain(self, origin: Origin, attempt: Attempt) -> list[Found]:
+        backends = self._backends()
         if backends is not None:
             if attempt.result is Result.UNREACHABLE:
                 return [NO_BACKEND]
@@ -170,16 +203,16 @@ class _Doctor:
             because = f"connect() fails at once: {os.strerror(attempt.errno)}"
             advice = "look at the routes of this namespace (ip route get)"
             return [Found(Cause.NO_ROUTE, because, advice)]
-        owners = self.owners(target, origin.place or _own_namespace(self._places))
-        listeners = self._listeners(owners, target)
+        owners = self.owners(origin.place or self._here)
+        listeners = self._listeners(owners)
         if attempt.result is Result.SILENT:
-            return [self._silent(origin, target, attempt, owners, listeners)]
+            return [self._silent(origin, attempt, owners, listeners)]
         explain = refused if attempt.result is Result.REFUSED else timed_out
         return [explain(owners, listeners)]
 
-    def _listeners(self, owners: Sequence[Namespace], target: Target) -> list[Socket]:
+    def _listeners(self, owners: Sequence[Namespace]) -> list[Socket]:
         """Return the sockets that listen for connections to the target."""
-        address = unpack_address(target[0])
+        address = unpack_address(self._question.address)
         four = ":" not in address
         wanted = {address, "0.0.0.0"} if four else {address, "::"}
         for_four = {
@@ -192,17 +225,18 @@ class _Doctor:
             with suppress(NamespaceGone), entered(place):
                 for each in list_here((socket.IPPROTO_TCP,), states=LISTEN):
                     local = unpack_address(each.local_address)
-                    if each.local_port == target[1] and (
+                    if each.local_port == self._question.port and (
                         local in wanted or (local == "::" and each.inode in for_four)
                     ):
                         found.append(each)
         return found
 
-    def _backends(self, target: Target) -> list[BackendRecord] | None:
+    def _backends(self) -> list[BackendRecord] | None:
         """Return the backends if the target is a frontend of ours; None if it is not."""
         try:
             with BalanceMaps(self._pins) as maps:
-                key = FrontendKey(target[0], 0, target[1], socket.IPPROTO_TCP)
+                asked = self._question
+                key = FrontendKey(asked.address, 0, asked.port, socket.IPPROTO_TCP)
                 frontend = maps.frontends.get(key)
                 if frontend is None:
                     return None
@@ -216,8 +250,8 @@ class _Doctor:
         """Dial each backend by itself: those that fail are gone."""
         found = []
         for each in backends:
-            target = (each.address, each.port)
-            with dialled(origin.place, target, b"", timeout=self._timeout) as (attempt,):
+            alone = Question(each.address, each.port, "", 1, self._question.timeout)
+            with dialled(origin.place, alone) as (attempt,):
                 if attempt.result.is_good:
                     continue
             name = endpoint(unpack_address(each.address), each.port)
@@ -233,7 +267,6 @@ class _Doctor:
     def _silent(
         self,
         origin: Origin,
-        target: Target,
         attempt: Attempt,
         owners: Sequence[Namespace],
         listeners: Sequence[Socket],
@@ -241,7 +274,7 @@ class _Doctor:
         """Look at both ends of a connection that hangs."""
         own = attempt.socket.getsockname()[1]
         with ExitStack() as stack:
-            places = [*owners, origin.place or _own_namespace(self._places)]
+            places = [*owners, origin.place or self._here]
             _, pairs = examine(
                 self._visitor, open_sockmaps(stack), wait=0.1, places=list(dict.fromkeys(places))
             )
@@ -253,13 +286,12 @@ class _Doctor:
         for one, other in match_pairs(self._visitor.ends(dict.fromkeys(places))):
             for here, there in ((one, other), (other, one)):
                 if here.socket.inode == inode:
-                    return self._of_server(origin, target, here, there, listeners)
+                    return self._of_server(origin, here, there, listeners)
         return not_there(owners, listeners)
 
     def _of_server(
         self,
         origin: Origin,
-        target: Target,
         here: End,
         there: End,
         listeners: Sequence[Socket],
@@ -268,9 +300,8 @@ class _Doctor:
         if not server.inode:
             return not_accepting(listeners, "the connection waits to be accepted")
         if server.waiting and server.state_name == "ESTAB":
-            with dialled(
-                origin.place, target, self._request, timeout=self._timeout, small=True
-            ) as (attempt,):
+            once = replace(self._question, count=1)
+            with dialled(origin.place, once, small=True) as (attempt,):
                 if attempt.result.is_good:
                     return MTU
             return Found(

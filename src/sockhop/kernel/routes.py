@@ -8,12 +8,20 @@ from typing import NamedTuple
 
 from sockhop.kernel.syscall import KernelError
 
-__all__ = ["Route", "Routes"]
+__all__ = ["Route", "Routes", "attributes"]
 
 _RTM_GETROUTE = 26
 _NLM_F_REQUEST = 0x1
 _NLMSG_ERROR = 2
-_RTA_DST, _RTA_SRC, _RTA_OIF, _RTA_PREFSRC, _RTA_MARK, _RTA_UID = 1, 2, 4, 7, 16, 25
+_RTA_DST, _RTA_SRC, _RTA_OIF, _RTA_GATEWAY, _RTA_PREFSRC, _RTA_MARK, _RTA_UID = (
+    1,
+    2,
+    4,
+    5,
+    7,
+    16,
+    25,
+)
 _RTN_UNICAST, _RTN_LOCAL, _RTN_MULTICAST = 1, 2, 5
 _MAPPED = bytes(10) + b"\xff\xff"
 
@@ -23,10 +31,15 @@ _ATTRIBUTE = struct.Struct("=HH")  # struct rtattr: length, type
 
 
 class Route(NamedTuple):
-    """The source address of what is sent along it; `local`: it does not leave the namespace."""
+    """The source address of what is sent along it; `local`: it does not leave the namespace.
+
+    `interface` is an index; `gateway` the packed address of the next hop, b"" where there is none.
+    """
 
     source: bytes
     local: bool
+    interface: int = 0
+    gateway: bytes = b""
 
 
 class Routes:
@@ -81,11 +94,12 @@ class Routes:
         # IPv6 has routes for what is unreachable, too.
         if kind not in range(_RTN_UNICAST, _RTN_MULTICAST + 1):
             return None
-        for number, value in _attributes(data, _HEADER.size + _ROUTE.size):
-            if number == _RTA_PREFSRC:
-                source = _MAPPED + value if len(value) == 4 else value
-                return Route(source, kind == _RTN_LOCAL)
-        return Route(bound, kind == _RTN_LOCAL) if bound else None
+        found = dict(attributes(data, _HEADER.size + _ROUTE.size))
+        source = _long(found.get(_RTA_PREFSRC, b"")) or bound
+        if not source:
+            return None
+        (interface,) = struct.unpack("=I", found.get(_RTA_OIF, bytes(4)))
+        return Route(source, kind == _RTN_LOCAL, interface, _long(found.get(_RTA_GATEWAY, b"")))
 
 
 # EINVAL: no such source, or 127.0.0.1 as the source of what leaves the node.
@@ -99,12 +113,17 @@ def _short(address: bytes) -> bytes:
     return address.removeprefix(_MAPPED) if address[:12] == _MAPPED else address
 
 
+def _long(address: bytes) -> bytes:
+    return _MAPPED + address if len(address) == 4 else address
+
+
 def _attribute(number: int, value: bytes) -> bytes:
     size = _ATTRIBUTE.size + len(value)
     return _ATTRIBUTE.pack(size, number) + value + bytes(-size % 4)
 
 
-def _attributes(data: bytes, at: int) -> Iterator[tuple[int, bytes]]:
+def attributes(data: bytes, at: int) -> Iterator[tuple[int, bytes]]:
+    """Yield numbers and values of the netlink attributes (struct rtattr) from *at* on."""
     while at + _ATTRIBUTE.size <= len(data):
         size, number = _ATTRIBUTE.unpack_from(data, at)
         yield number, data[at + _ATTRIBUTE.size : at + size]

@@ -1,0 +1,222 @@
+"""Where a fault lies: the way, an echo, other places, a remote command, kubelet's log."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from sockhop.diagnose.causes import Cause
+from sockhop.diagnose.dial import Question, Result
+from sockhop.diagnose.doctor import diagnose
+from sockhop.diagnose.kubelet import probe_failures
+from sockhop.diagnose.ping import ping
+from sockhop.diagnose.remote import dial_remotely
+from sockhop.diagnose.topology import Topology, name_of
+from sockhop.errors import InputError
+from sockhop.kernel import netns
+from sockhop.kernel.namespaces import Namespaces
+from sockhop.model import pack_address
+from tests.diagnose.load import SERVER, Server
+from tests.diagnose.test_doctor import NOBODY, causes, origin, rules
+from tests.splice.stage import Place, Stage
+
+BIN = Path(sys.executable).parent
+PROBE = 'prober.go] Readiness probe for POD failed (failure): Get "http://{}/health": context'
+
+
+@pytest.fixture(scope="module")
+def stage() -> Iterator[Stage]:
+    with Stage(spliced=False) as made:
+        yield made
+
+
+def afar(stage: Stage, *words: str) -> list[str]:
+    """Return a command that runs another one in the other namespace, as ssh does elsewhere."""
+    return ["nsenter", f"--net={stage.other}", *words]
+
+
+def question(port: int, path: str = "/health", *, timeout: float = 0.4) -> Question:
+    return Question(pack_address(SERVER), port, path, 2, timeout)
+
+
+@pytest.mark.kernel
+def test_a_filter_is_narrowed_down(stage: Stage) -> None:
+    with (
+        Server(stage) as server,
+        rules(stage.sandbox.netns, f"input iifname near tcp dport {server.port} drop"),
+    ):
+        found = diagnose(question(server.port), [origin(stage)], NOBODY)
+    assert causes(found) == [Cause.FILTERED]
+    text = "\n".join(found.evidence)
+    assert f"{SERVER} answers to ping from far, in " in text
+    inside = f"from {stage.sandbox.name}, which has the address all succeed"
+    assert inside in text
+    (way,) = found.ways
+    assert str(way) == (
+        f"far ({Place.VETH4.client}) sends by far (veth, mtu 1,500), whose other end is near of "
+        f"network namespace {netns.inode(stage.sandbox.netns)}"
+    )
+    assert [each.compared for each in found.dialled][:2] == [False, True]
+
+
+@pytest.mark.kernel
+def test_a_server_that_is_silent_is_so_from_everywhere(stage: Stage) -> None:
+    with Server(stage, "nothing") as server:
+        found = diagnose(question(server.port), [origin(stage)], NOBODY)
+    assert causes(found) == [Cause.NOT_ANSWERING]
+    text = "\n".join(found.evidence)
+    assert "from far TCP connects every time" in text
+    assert f"from {stage.sandbox.name}, which has the address 2 of 2 fail, too" in text
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("place", [Place.VETH4, Place.VETH6])
+def test_ping(stage: Stage, place: Place) -> None:
+    far, address = origin(stage).place, pack_address(place.server)
+    seconds = ping(far, address)
+    assert seconds is not None
+    assert 0 < seconds < 0.2
+    with rules(stage.sandbox.netns, "input meta l4proto { icmp, icmpv6 } drop"):
+        assert ping(far, address, count=1) is None
+    assert ping(far, pack_address("203.0.113.1")) is None
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("words", [[f"PATH={BIN}:/usr/bin:/bin"], ["PATH=/usr/bin:/bin"]],
+                         ids=["sockhop", "curl"])  # fmt: skip
+def test_remote(stage: Stage, words: list[str]) -> None:
+    prefix = afar(stage, "env", *words)
+    for does, result in (
+        ("answer", Result.ANSWERED),
+        ("nothing", Result.SILENT),
+        ("close", Result.CLOSED),
+    ):
+        with Server(stage, does) as server:
+            row = dial_remotely(prefix, question(server.port))
+            assert (row.results, row.failed) == ({result: 2}, 0 if result.is_good else 2)
+            assert row.origin.startswith(f"remote (nsenter --net={stage.other} env ")
+            assert dial_remotely(prefix, question(server.port, "")).results == {Result.CONNECTED: 2}
+    assert dial_remotely(prefix, question(7)).results == {Result.REFUSED: 2}
+    with rules(stage.sandbox.netns, "input tcp dport 7 drop"):
+        assert dial_remotely(prefix, question(7)).results == {Result.TIMEOUT: 2}
+
+
+@pytest.mark.kernel
+def test_a_remote_that_cannot() -> None:
+    for prefix in (["env", "PATH=/nonexistent"], ["false"]):
+        with pytest.raises(InputError, match="neither sockhop nor curl runs there"):
+            dial_remotely(prefix, question(80))
+    with pytest.raises(InputError, match="there is no command 'nowhere'"):
+        dial_remotely(["nowhere"], question(80))
+
+
+@pytest.mark.kernel
+def test_only_the_remote_fails(stage: Stage) -> None:
+    with (
+        Server(stage) as server,
+        rules(stage.sandbox.netns, f"input iifname near tcp dport {server.port} drop"),
+        ExitStack() as stack,
+    ):
+        stack.enter_context(netns.entered(stage.sandbox.netns))
+        options = ("--count", "2", "--timeout", "300ms", "--http", "/health")
+        remote = f"nsenter --net={stage.other} env PATH=/usr/bin:/bin"
+        target = f"{SERVER}:{server.port}"
+        told = stage.sandbox.sockhop(
+            "doctor", target, *options, "--remote", remote, "-o", "json", check=False
+        )
+        assert told.returncode == 1
+        found = json.loads(told.stdout)
+        here, there = found["dialled"][:2]
+        assert (here["failed"], there["failed"]) == (0, 2)
+        (conclusion,) = found["conclusions"]
+        assert conclusion["cause"] == Cause.FILTERED
+        assert conclusion["origin"] == f"remote ({remote})"
+        assert any("from here all succeed" in each for each in found["evidence"])
+        # In a shell, & would end the command that ssh runs there.
+        wrong = stage.sandbox.sockhop(
+            "doctor", target, "--http", "/a&reboot", "--remote", remote, check=False
+        )
+        assert (wrong.returncode, "could mean something to a shell" in wrong.stderr) == (2, True)
+
+
+@pytest.mark.kernel
+def test_from_all_and_kubelet(stage: Stage, tmp_path: Path) -> None:
+    with Server(stage, "nothing") as server:
+        target = f"{SERVER}:{server.port}"
+        log = tmp_path / "kubelet.log"
+        log.write_text("\n".join([PROBE.format(target), PROBE.format("10.0.0.1:80")]))
+        told = stage.sandbox.sockhop(
+            *("doctor", target, "--http", "/health", "--from", "all", "--count", "1"),
+            *("--timeout", "300ms", "--kubelet-log", str(log)),
+            check=False,
+        )
+    assert told.returncode == 1
+    assert stage.other.name in told.stdout
+    assert "kubelet has logged 1 failed probe, the last:\n  prober.go] Readiness" in told.stdout
+    assert told.stdout.count("server accepts and does not answer (from ") >= 2
+    assert "layer: the server's program" in told.stdout
+
+
+@contextmanager
+def bridged() -> Iterator[dict[str, Path]]:
+    """Have a server and a client on a bridge, and a stranger that sends everything elsewhere."""
+    names = {each: f"sockhop-test-{os.getpid()}-{each}" for each in ("br", "srv", "cli", "far")}
+    with ExitStack() as stack:
+        for name in names.values():
+            subprocess.run(["ip", "netns", "add", name], check=True)
+            stack.callback(subprocess.run, ["ip", "netns", "del", name], check=False)
+        lines = ["link add br0 type bridge", "addr add 10.88.0.9/24 dev br0", "link set br0 up"]
+        for number, each in enumerate(("srv", "cli"), 1):
+            lines += [
+                f"link add {each} type veth peer name eth0 netns {names[each]}",
+                f"link set {each} master br0 up",
+            ]
+            inside = (f"addr add 10.88.0.{number}/24 dev eth0", "link set eth0 up")
+            for line in lines, inside:
+                where = names["br"] if line is lines else names[each]
+                for words in line:
+                    subprocess.run(["ip", "-n", where, *words.split()], check=True)
+            lines = []
+        stranger = ("link add d0 type bridge", "addr add 10.99.0.1/24 dev d0", "link set d0 up")
+        for words in (*stranger, "route add default via 10.99.0.2"):
+            subprocess.run(["ip", "-n", names["far"], *words.split()], check=True)
+        yield {each: Path("/run/netns") / name for each, name in names.items()}
+
+
+@pytest.mark.kernel
+def test_only_what_leads_there_is_dialled_from() -> None:
+    """Where a way goes elsewhere, the same address is another's: nothing may be sent there."""
+    with bridged() as paths:
+        inodes = {each: netns.inode(path) for each, path in paths.items()}
+        places = Namespaces().by_inode(set(inodes.values()))
+        ways = Topology(places, pack_address("10.88.0.1"))
+        assert [each.inode for each in ways.owners()] == [inodes["srv"]]
+        assert {each.inode for each in ways.sources()} == {inodes["br"], inodes["cli"]}
+        unknown = Topology(places, pack_address("198.51.100.1"))
+        assert [each.inode for each in unknown.sources()] == [inodes["far"]]
+        (way,) = (ways.way("far", each) for each in places if each.inode == inodes["far"])
+        assert (
+            str(way) == "far (10.99.0.1) sends by d0 (bridge, mtu 1,500) to the gateway 10.99.0.2"
+        )
+        assert {name_of(each) for each in places} == {path.name for path in paths.values()}
+
+
+@pytest.mark.unit
+def test_lines_of_kubelet(tmp_path: Path) -> None:
+    log = tmp_path / "kubelet.INFO"
+    lines = [
+        PROBE.format("10.0.1.7:8080"),
+        PROBE.format("10.0.1.7:80801"),
+        PROBE.format("110.0.1.7:8080"),
+        "connected to 10.0.1.7:8080",
+        'E1121 "Probe failed" output="Get \\"http://10.0.1.7:8080/health\\": context" ' + "x" * 999,
+    ]
+    log.write_text("\n".join([*(["noise"] * 300_000), *lines]))
+    found = probe_failures("10.0.1.7:8080", [log, tmp_path / "none"], journal=False)
+    assert [each[:20] for each in found] == [lines[0][:20], lines[4][:20]]
+    assert max(map(len, found)) == 400
