@@ -6,8 +6,9 @@ import math
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -47,6 +48,7 @@ _COUNTERS_EVERY = 5.0
 _CILIUM_EVERY = 2.0
 _PLACES_EVERY = 2.0
 _SWEEP_EVERY = 1.0
+_AGAIN = 5.0
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -147,6 +149,18 @@ class _Sources:
             return loaded
         self.coexistence.refresh()
         return self.coexistence.leave_out(loaded)
+
+
+async def _kept_up(work: Callable[[], Awaitable[None]]) -> None:
+    """Run what never ends, and begin anew where it fails: the rest of the agent goes on."""
+    while True:
+        try:
+            await work()
+        except Exception as error:  # noqa: BLE001 (the kernel's, and our own mistakes)
+            _LOG.error(
+                "goes on after an error: %s", error, exc_info=_LOG.isEnabledFor(logging.DEBUG)
+            )
+        await asyncio.sleep(_AGAIN)
 
 
 class _Agent:
@@ -294,20 +308,21 @@ class _Agent:
 
     @asynccontextmanager
     async def _ticking(self) -> AsyncIterator[None]:
-        tasks = [
-            asyncio.create_task(self._log_rejections()),
-            asyncio.create_task(self._settle()),
-            asyncio.create_task(self._follow_places()),
-            asyncio.create_task(self._terminate()),
-            asyncio.create_task(self._sweep()),
-            asyncio.create_task(self.health.run()),
+        work = [
+            self._log_rejections,
+            self._settle,
+            self._follow_places,
+            self._terminate,
+            self._sweep,
+            self.health.run,
         ]
         if self._sources.coexistence:
-            tasks.append(asyncio.create_task(self._follow_cilium(self._sources.coexistence)))
+            work.append(partial(self._follow_cilium, self._sources.coexistence))
         if self._options.watch_every:
-            tasks.append(asyncio.create_task(self._watching.run()))
+            work.append(self._watching.run)
         if interval := watchdog_interval():
-            tasks.append(asyncio.create_task(self._watchdog(interval)))
+            work.append(partial(self._watchdog, interval))
+        tasks = [asyncio.create_task(_kept_up(each)) for each in work]
         try:
             yield
         finally:

@@ -58,8 +58,11 @@ class Prober:
             return f"{check}: no answer within {check.timeout:g} s"
         except OSError as error:
             return f"{check}: {os.strerror(error.errno) if error.errno else error}"
+        except aiohttp.ServerDisconnectedError:
+            return f"{check}: closed without a whole answer"
         except (aiohttp.ClientError, ValueError) as error:
-            return f"{check}: {str(error) or type(error).__name__}"
+            text = getattr(error, "message", "") or str(error) or type(error).__name__
+            return f"{check}: no HTTP answer: {text.splitlines()[0].rstrip(':')}"
 
     async def _get(self, url: str, check: HealthCheck) -> str:
         async with self._session.get(URL(url, encoded=True), allow_redirects=False) as answer:
