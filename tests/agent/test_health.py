@@ -217,19 +217,19 @@ REPLIES = {
 
 @pytest.mark.kernel
 def test_an_answer_that_is_not_http_is_unhealthy(sandbox: Sandbox) -> None:
-    replies = iter(REPLIES)
+    replies = list(REPLIES)
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(next(replies))
+        asked = await reader.readuntil(b"\r\n\r\n")
+        writer.write(replies[int(asked[len(b"GET /")]) - ord("0")])
         writer.close()
 
     async def look() -> None:
         async with await asyncio.start_server(serve, "10.96.0.1", 0) as server, Prober() as prober:
             host, port = server.sockets[0].getsockname()
-            for expected in REPLIES.values():
-                found = await prober.ask(host, port, HealthCheck(path="/", timeout=5))
-                assert found == f"GET /: {expected}"
+            for number, expected in enumerate(REPLIES.values()):
+                found = await prober.ask(host, port, HealthCheck(path=f"/{number}", timeout=5))
+                assert found == f"GET /{number}: {expected}"
 
     asyncio.run(look())
 
