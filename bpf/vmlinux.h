@@ -47,6 +47,7 @@ enum bpf_map_type {
 	BPF_MAP_TYPE_LRU_HASH = 9,
 	BPF_MAP_TYPE_LPM_TRIE = 11,
 	BPF_MAP_TYPE_SOCKHASH = 18,
+	BPF_MAP_TYPE_QUEUE = 22,
 	BPF_MAP_TYPE_SK_STORAGE = 24,
 };
 
@@ -169,6 +170,23 @@ struct bpf_sock_ops {
 		struct bpf_sock *sk;
 		__u64 : 64;
 	} __attribute__((aligned(8)));
+};
+
+/* The registers of a kprobe, as libbpf's bpf_tracing.h names them. */
+#ifdef __TARGET_ARCH_x86
+struct pt_regs {
+	unsigned long r15, r14, r13, r12, bp, bx, r11, r10, r9, r8, ax, cx, dx, si, di, orig_ax, ip,
+		cs, flags, sp, ss;
+};
+#else
+struct user_pt_regs {
+	__u64 regs[31];
+	__u64 sp, pc, pstate;
+};
+#endif
+
+struct bpf_raw_tracepoint_args {
+	__u64 args[0];
 };
 
 struct sk_msg_md {

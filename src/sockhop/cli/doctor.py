@@ -9,6 +9,7 @@ import click
 
 from sockhop.cli.options import bpffs_path, global_options, output_option, parse_duration
 from sockhop.cli.output import Column, counted, print_rows, print_value
+from sockhop.cli.target import namespace_at, parse_question
 from sockhop.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _PLAIN = r"/[A-Za-z0-9/_.~%?=+,:@-]*"
-_TARGET = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+)):(\d{1,5})")
 _LAST = 3
 """So many lines of kubelet's log are shown."""
 _COLUMNS = (
@@ -149,27 +149,13 @@ def command(  # noqa: PLR0913, PLR0917 (click passes them by name)
 def _question(
     target: str, path: str | None, count: int, timeout: float, *, remote: bool
 ) -> "Question":
-    from sockhop.diagnose.dial import Question  # noqa: PLC0415
-    from sockhop.model import pack_address, parse_address  # noqa: PLC0415
-
-    found = _TARGET.fullmatch(target)
-    try:
-        if not found or not 0 < int(found[3]) < 1 << 16:
-            raise ValueError
-        address = pack_address(parse_address(found[1] or found[2]))
-    except ValueError:
-        raise InputError(
-            f"{target!r} is no address with a port",
-            hint="for example 10.0.1.7:8080 or [fd00::7]:80",
-        ) from None
-    if path is not None and not re.fullmatch(r"/[!-~]*", path):
-        raise InputError(f"--http: {path!r} is no path", hint="for example /health")
+    question = parse_question(target, path, count, timeout)
     if path is not None and remote and not re.fullmatch(_PLAIN, path):
         raise InputError(
             f"--http: {path!r} could mean something to a shell, which --remote may go through",
             hint="write such characters as %26 (&), %3B (;) ...",
         )
-    return Question(address, int(found[3]), path or "", count, timeout)
+    return question
 
 
 def _words(command: str) -> list[str]:
@@ -185,8 +171,7 @@ def _words(command: str) -> list[str]:
 def _origins(names: tuple[str, ...], question: "Question") -> "list[Origin]":
     from sockhop.diagnose.matrix import Origin  # noqa: PLC0415
     from sockhop.diagnose.topology import Topology, name_of  # noqa: PLC0415
-    from sockhop.kernel import netns  # noqa: PLC0415
-    from sockhop.kernel.namespaces import Namespace, Namespaces  # noqa: PLC0415
+    from sockhop.kernel.namespaces import Namespaces  # noqa: PLC0415
 
     found = [] if names else [Origin("here", None)]
     for name in names:
@@ -194,13 +179,7 @@ def _origins(names: tuple[str, ...], question: "Question") -> "list[Origin]":
             ways = Topology(Namespaces().all(), question.address)
             found += [Origin(name_of(each), each) for each in ways.owners() + ways.sources()]
             continue
-        path = Path(name) if "/" in name else Path("/run/netns") / name
-        try:
-            inode = netns.inode(path)
-        except OSError as error:
-            raise InputError(f"--from {name}: {path}: {error.strerror}") from None
-        with netns.entered(path):
-            found.append(Origin(name, Namespace(inode, netns.current_cookie(), path)))
+        found.append(Origin(name, namespace_at(name)))
     return found
 
 

@@ -47,6 +47,7 @@ int bpf_map_create(int type, const char *name, __u32 key_size, __u32 value_size,
 int bpf_map_lookup_elem(int fd, const void *key, void *value);
 int bpf_map_update_elem(int fd, const void *key, const void *value, __u64 flags);
 int bpf_map_delete_elem(int fd, const void *key);
+int bpf_map_lookup_and_delete_elem(int fd, const void *key, void *value);
 int bpf_map_get_next_key(int fd, const void *key, void *next_key);
 struct bpf_map_batch_opts;
 int bpf_map_lookup_batch(int fd, void *in_batch, void *out_batch, void *keys, void *values,
@@ -99,6 +100,7 @@ int bpf_link_update(int link_fd, int new_prog_fd, const struct bpf_link_update_o
 int bpf_link_detach(int link_fd);
 int bpf_iter_create(int link_fd);
 int sockhop_iter_link(int prog_fd, int map_fd);
+int sockhop_kprobe(int pmu, const char *function, int at_return, int prog_fd);
 #define BPF_F_ALLOW_MULTI ...
 #define BPF_F_ALLOW_OVERRIDE ...
 #define BPF_F_QUERY_EFFECTIVE ...
@@ -183,6 +185,7 @@ SOURCE = r"""
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #include <linux/bpf.h>
@@ -242,6 +245,25 @@ static int sockhop_iter_link(int prog_fd, int map_fd)
         opts.iter_info_len = sizeof(info);
     }
     return bpf_link_create(prog_fd, 0, BPF_TRACE_ITER, &opts);
+}
+
+/* Returns the descriptor of an event that runs the program for as long as it is open. */
+static int sockhop_kprobe(int pmu, const char *function, int at_return, int prog_fd)
+{
+    struct perf_event_attr attr = {
+        .type = pmu, .size = sizeof(attr), .config = at_return,
+        .kprobe_func = (uintptr_t)function,
+    };
+    int fd = syscall(SYS_perf_event_open, &attr, -1, 0, -1, PERF_FLAG_FD_CLOEXEC), error;
+
+    if (fd < 0)
+        return -errno;
+    if (ioctl(fd, PERF_EVENT_IOC_SET_BPF, prog_fd) || ioctl(fd, PERF_EVENT_IOC_ENABLE, 0)) {
+        error = errno;
+        close(fd);
+        return -error;
+    }
+    return fd;
 }
 
 static int sockhop_membarrier(int cmd)

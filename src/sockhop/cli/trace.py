@@ -1,0 +1,198 @@
+"""`sockhop trace path`."""
+
+from typing import TYPE_CHECKING
+
+import click
+
+from sockhop.cli.options import global_options, output_option, parse_duration
+from sockhop.cli.output import counted, print_value
+from sockhop.cli.target import namespace_at, parse_question
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sockhop.diagnose.callpaths import Difference, Moment, Step
+    from sockhop.diagnose.dial import Question
+    from sockhop.diagnose.trace import Trace, Traced
+
+__all__ = ["command"]
+
+_MARKS = {"-": "answered only", "+": "not answered only"}
+
+
+@click.group("trace")
+@global_options
+def command() -> None:
+    """Record what the kernel does for some connections."""
+
+
+@command.command("path", epilog="Example: sockhop trace path 10.0.1.7:8080 --http /health")
+@click.argument("target", metavar="ADDRESS:PORT")
+@click.option("--pid", type=click.IntRange(1), help="Only connections of this process.")
+@click.option("--comm", help="Only connections of programs of this name.")
+@click.option(
+    "--http", metavar="PATH", help="Make connections that ask for this path, and trace those."
+)
+@click.option(
+    "--from",
+    "origin",
+    metavar="NETNS",
+    help="Make them from this network namespace, a name of `ip netns` or a path.",
+)
+@click.option(
+    "--count",
+    type=click.IntRange(1, 1000),
+    default=10,
+    show_default=True,
+    help="How many connections --http makes.",
+)
+@click.option(
+    "--timeout",
+    default="1s",
+    show_default=True,
+    metavar="DURATION",
+    callback=parse_duration,
+    help="How long an answer to --http may take.",
+)
+@click.option(
+    "--for",
+    "seconds",
+    default="10s",
+    show_default=True,
+    metavar="DURATION",
+    callback=parse_duration,
+    help="Trace so long at the most.",
+)
+@click.option(
+    "--records",
+    "most",
+    type=click.IntRange(1, 200_000),
+    default=20_000,
+    show_default=True,
+    help="Keep so many records at the most, of about 350 bytes.",
+)
+@output_option
+@global_options
+def path(  # noqa: PLR0913, PLR0917 (click passes them by name)
+    target: str,
+    pid: int | None,
+    comm: str | None,
+    http: str | None,
+    origin: str | None,
+    count: int,
+    timeout: float,
+    seconds: float,
+    most: int,
+    output: str,
+) -> int:
+    """Compare the kernel functions of an answered and an unanswered request.
+
+    Records which functions of the kernel's socket layer run for the TCP connections of an address,
+    who calls them, and what becomes of each socket's handlers (sk_prot). Then it takes a connection
+    whose request was answered and one whose was not, and says where their call paths first differ.
+    On kernels without kprobes it sees less, and says so. Exit status 1 if a request got no answer.
+    """
+    from sockhop.diagnose.trace import trace  # noqa: PLC0415 (slow to import)
+
+    question = parse_question(target, http, count, timeout)
+    found = trace(
+        (question.address, question.port),
+        seconds=seconds,
+        most=most,
+        dial=None if http is None else _dialler(question, origin),
+        pid=pid,
+        command=comm,
+    )
+    if output in ("json", "yaml"):
+        print_value(found, output)
+    else:
+        _print(found, wide=output == "wide")
+    return int(found.unanswered is not None)
+
+
+def _dialler(question: "Question", origin: str | None) -> "Callable[[], None]":
+    from sockhop.diagnose.dial import dialled  # noqa: PLC0415 (slow to import)
+
+    place = namespace_at(origin) if origin else None
+
+    def dial() -> None:
+        with dialled(place, question):
+            pass
+
+    return dial
+
+
+def _print(found: "Trace", *, wide: bool) -> None:
+    what = "tracepoint" if found.reason else "kernel function"
+    click.echo(
+        f"{counted(len(found.functions), what)} traced for {found.seconds:.1f} s: "
+        f"{counted(found.records, 'record')}"
+    )
+    if found.reason:
+        click.echo(
+            f"note: functions cannot be traced here: {found.reason}. Tracepoints tell less: "
+            "which handlers a socket has when a call ends, not what was called"
+        )
+    if found.lost:
+        click.echo(f"note: {counted(found.lost, 'record')} found no room: trace less at a time")
+    if found.truncated:
+        click.echo("note: ended early, with as many records as --records allows")
+    counts = ", ".join(f"{number} {verdict}" for verdict, number in found.verdicts.items())
+    click.echo(f"connections: {counts or 'none'}")
+    for each in (found.answered, found.unanswered):
+        if each:
+            _print_connection(each)
+    if found.difference:
+        click.echo(f"\nfirst difference, at the {found.difference.side}'s end:")
+        _print_difference(found.difference)
+    elif found.answered and found.unanswered:
+        click.echo("\nno difference: the same functions were called for both, at both ends")
+    _print_paths(found)
+    for each in (found.answered, found.unanswered):
+        if each:
+            _print_life(each, wide=wide)
+
+
+def _print_connection(of: "Traced") -> None:
+    names = "; ".join(f"{side}: {', '.join(who) or '-'}" for side, who in of.processes.items())
+    click.echo(f"  {of.verdict}: {of.connection} ({names})")
+
+
+def _print_difference(found: "Difference") -> None:
+    if not found.called:
+        click.echo("  recv() would call")
+    elif found.path:
+        click.echo(f"  {_named(found.path[-1])} calls")
+    else:
+        click.echo("  the system call calls")
+    rows = [("answered:", found.good), ("not answered:", found.bad)]
+    for title, steps in rows:
+        click.echo(f"    {title:<14}{', '.join(map(_named, steps)) or 'nothing there'}")
+
+
+def _named(step: "Step") -> str:
+    return f"{step.function} ({step.file})" if step.file else step.function
+
+
+def _print_paths(found: "Trace") -> None:
+    both = found.answered and found.unanswered
+    for side, lines in found.paths.items():
+        click.echo(f"\ncalls for the {side}'s socket" + (", - " if both else ":"), nl=False)
+        click.echo("for the answered one only, + for the other only:" if both else "")
+        for line in lines:
+            mark = line.mark if both else " "
+            name = f"{mark} {'  ' * line.depth}{line.step.function}"
+            click.echo(f"  {name:<44}{line.step.file}".rstrip())
+
+
+def _print_life(of: "Traced", *, wide: bool) -> None:
+    for side, moments in of.life.items():
+        click.echo(f"\nhandlers of the {side}'s socket, {of.verdict}:")
+        for each in moments:
+            click.echo(f"  {1000 * each.seconds:10.3f} ms  {each.event:<26}{each.receiver}")
+            if wide or _is_telling(each):
+                click.echo(f"{'':17}by {' < '.join(each.callers)}")
+
+
+def _is_telling(moment: "Moment") -> bool:
+    return moment.event == "sk_psock_drop"
