@@ -13,7 +13,7 @@ from sockhop.errors import InputError, SystemLackError
 if TYPE_CHECKING:
     from sockhop.kernel.advisories import Advisory
 
-__all__ = ["command"]
+__all__ = ["command", "report_on"]
 
 _COLUMNS = (
     Column("FAULT", "fault"),
@@ -69,6 +69,17 @@ def command(kernel: str | None, output: str) -> int:
     kernel what can be tried is tried, with sockets of our own; nothing is attached to a cgroup.
     Exit status 1 if a fault is suspected or seen.
     """
+    report = report_on(kernel)
+    if output in ("json", "yaml"):
+        print_value(report, output)
+    else:
+        _print(report, output, given=kernel is not None)
+    wrong = [row for row in report.faults if row.affected != "unknown"]
+    return int(bool(wrong) or any(each.found for each in report.tried))
+
+
+def report_on(kernel: str | None) -> _Report:
+    """Return the known faults of the release *kernel*, or of this kernel, on which it tries."""
     from sockhop.kernel.advisories import (  # noqa: PLC0415 (reads the data)
         advisories,
         is_affected,
@@ -93,13 +104,7 @@ def command(kernel: str | None, output: str) -> int:
         not in ("", "no")
     ]
     rows.sort(key=lambda row: (_ORDER.index(row.affected), not row.effect))
-    report = _Report(release, not is_upstream(release), rows, tried)
-    if output in ("json", "yaml"):
-        print_value(report, output)
-    else:
-        _print(report, output, given=kernel is not None)
-    wrong = [row for row in rows if row.affected != "unknown"]
-    return int(bool(wrong) or any(each.found for each in tried))
+    return _Report(release, not is_upstream(release), rows, tried)
 
 
 _ORDER = ("yes", "perhaps", "unknown")

@@ -9,12 +9,12 @@ import msgspec
 from sockhop.cli.features_diff import print_differences, read_pair
 from sockhop.cli.options import bpffs_path, global_options, output_option
 from sockhop.cli.output import Column, print_rows, print_value, table
-from sockhop.diagnose.nodes import compare, complete, own_node
+from sockhop.diagnose.nodes import Node, compare, complete, own_node
 from sockhop.errors import SystemLackError
 from sockhop.kernel.features import Feature, probe_features
 from sockhop.kernel.host import Fact, host_facts
 
-__all__ = ["command"]
+__all__ = ["command", "this_node"]
 
 _COLUMNS = (
     Column("FEATURE", "feature"),
@@ -57,9 +57,9 @@ def command(others: tuple[Path, ...], output: str) -> int:
     if others:
         first, other = read_pair(others)
         if first is None:
-            first = complete(own_node(*_own()), other)
+            first = complete(this_node(bpffs_path()), other)
         return print_differences(compare(first, other), output)
-    host, features = _own()
+    host, features = _own(bpffs_path())
     missing = [f.name for f in features if f.required and f.available is False]
     unknown = [f.name for f in features if f.required and f.available is None]
     if output in ("json", "yaml"):
@@ -83,10 +83,15 @@ def command(others: tuple[Path, ...], output: str) -> int:
     return 0
 
 
-def _own() -> tuple[dict[str, str], list[Feature]]:
+def this_node(pins: Path) -> Node:
+    """Return what is known of this node."""
+    return own_node(*_own(pins))
+
+
+def _own(pins: Path) -> tuple[dict[str, str], list[Feature]]:
     """Return the facts of this host, and what its kernel can do."""
-    features = probe_features(bpffs_path())
-    facts = [*host_facts(), _provenance(bpffs_path()), _ending(features)]
+    features = probe_features(pins)
+    facts = [*host_facts(), _provenance(pins), _ending(features)]
     return {fact.name: fact.value for fact in facts}, features
 
 

@@ -35,6 +35,7 @@ _COMMANDS = {
     "sever": "End sockets by hand, in all network namespaces.",
     "status": "Say whether and how balancing works here.",
     "trace": "Record what the kernel does for some connections.",
+    "sysdump": "Write one archive for a bug report.",
     "verify": "Compare what should be, what is installed and what sockets do.",
 }
 

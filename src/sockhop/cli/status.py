@@ -12,7 +12,7 @@ from sockhop.cli.options import api_path, bpffs_path, cgroup_path, global_option
 from sockhop.cli.output import age, counted, print_value, table
 from sockhop.model import endpoint
 
-__all__ = ["command"]
+__all__ = ["command", "read_status"]
 
 
 class _MapUse(msgspec.Struct):
@@ -61,7 +61,7 @@ def command(output: str) -> int:
 
     Exit status 0 if an agent runs, its sources are good and every hook is attached; else 1.
     """
-    status = _status(bpffs_path(), api_path())
+    status = read_status(bpffs_path(), api_path())
     if output in ("json", "yaml"):
         print_value(status, output)
     else:
@@ -70,7 +70,8 @@ def command(output: str) -> int:
     return int(not (status.balancing and not status.bypass and agent and agent.healthy))
 
 
-def _status(pins: Path, api: Path) -> _Status:
+def read_status(pins: Path, api: Path) -> _Status:
+    """Return what `status` shows."""
     from sockhop.agent.client import ask_agent  # noqa: PLC0415
     from sockhop.agent.installed import map_usage  # noqa: PLC0415 (needs the extension)
     from sockhop.datapath.balancer import (  # noqa: PLC0415
