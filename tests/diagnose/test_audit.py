@@ -13,6 +13,7 @@ from sockhop.diagnose.visit import Visitor, open_sockmap
 from sockhop.errors import InputError
 from sockhop.model import pack_address
 from tests.diagnose.incident import incident, insert, new_map, reset
+from tests.diagnose.invoke import sockhop
 from tests.sandbox import Sandbox
 from tests.splice.stage import Place, Stage
 
@@ -188,13 +189,13 @@ def test_the_command() -> None:
         healthy = sandbox.sockhop("audit", "--id", number, "--wait", "50ms")
         assert "no stale entry is in anybody's way, no connection is harmed" in healthy.stdout
         at.stuck(Place.VETH4)
-        found = sandbox.sockhop("audit", "--id", number, "--wait", "50ms", check=False)
+        found = sockhop(sandbox, "audit", "--id", number, "--wait", "50ms")
         assert found.returncode == 1
         assert "stale: closed" in found.stdout
         assert "tcp_bpf: tcp_bpf_recvmsg" in found.stdout
         assert "(tcp: tcp_recvmsg)" in found.stdout
         listed = ("audit", "--id", number, "--wait", "0", "--list", "-o", "json")
-        told = json.loads(sandbox.sockhop(*listed, check=False).stdout)
+        told = json.loads(sockhop(sandbox, *listed).stdout)
         assert told["maps"][0]["stale_closed"] == 1
         assert len(told["entries"]) == told["maps"][0]["entries"] == 2
         assert told["pairs"]["half_spliced"][0]["harmful"]
@@ -204,6 +205,6 @@ def test_the_command() -> None:
             (("--id", "1", "--all"), "exclude each other"),
             (("--dump", "/nonexistent"), "No such file"),
         ):
-            failed = sandbox.sockhop("audit", *wrong, check=False)
+            failed = sockhop(sandbox, "audit", *wrong)
             assert failed.returncode == 2
             assert said in failed.stderr

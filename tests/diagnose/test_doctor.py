@@ -25,6 +25,7 @@ from sockhop.kernel._libbpf import lib
 from sockhop.kernel.namespaces import Namespace, Namespaces
 from sockhop.model import pack_address
 from tests.diagnose.incident import Incident, incident, reset
+from tests.diagnose.invoke import sockhop
 from tests.diagnose.load import SERVER, Load, Server
 from tests.sandbox import Sandbox, compact, wait_until
 from tests.splice.stage import Place, Stage
@@ -375,9 +376,9 @@ def test_the_command(stage: Stage) -> None:
         options = ("--from", far, "--http", "/health", "--timeout", "500ms")
         healthy = stage.sandbox.sockhop("doctor", target, *options)
         assert "nothing is wrong: 5 connections of 5 succeed" in healthy.stdout
-        told = json.loads(stage.sandbox.sockhop("doctor", target, *options, "-o", "json").stdout)
+        told = json.loads(sockhop(stage.sandbox, "doctor", target, *options, "-o", "json").stdout)
         assert told["dialled"][0]["results"] == {"answered": 5}
-    sick = stage.sandbox.sockhop("doctor", target, *options, check=False)
+    sick = sockhop(stage.sandbox, "doctor", target, *options)
     assert sick.returncode == 1
     assert "server not listening (from " in sick.stdout
     assert "do: start the server" in sick.stdout
@@ -388,6 +389,6 @@ def test_the_command(stage: Stage) -> None:
         ((target, "--http", "x y"), "is no path"),
         ((target, "--from", "nowhere"), "No such file"),
     ):
-        failed = stage.sandbox.sockhop("doctor", *wrong, check=False)
+        failed = sockhop(stage.sandbox, "doctor", *wrong)
         assert failed.returncode == 2
         assert said in failed.stderr

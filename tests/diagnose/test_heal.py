@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -15,14 +15,17 @@ import pytest
 from sockhop.agent.events import EventKind, EventLog, events_path
 from sockhop.diagnose.heal import Outcome, advice, heal, plan
 from sockhop.kernel._libbpf import ffi, lib
+from tests.diagnose.crowd import crowd, held_under_own_key
 from tests.diagnose.incident import Incident, incident, reset
+from tests.diagnose.invoke import sockhop
 from tests.mutants import mutant
 from tests.splice.stage import Place
 
 pytestmark = pytest.mark.kernel
 
-HEALS = int(os.environ.get("SOCKHOP_HEALS", "25"))
+HEALS = int(os.environ.get("SOCKHOP_HEALS", "12"))
 CONNECTIONS = 10 * HEALS
+LIVE = int(os.environ.get("SOCKHOP_LIVE", "200"))
 
 
 def holder(at: Incident, key: bytes) -> int:
@@ -167,7 +170,7 @@ class Churn:
             port = client.getsockname()[1]
             for each in (client, server):
                 each.settimeout(2)
-            inside = in_map(at, client, server)
+            inside = [held_under_own_key(at.map.fd, each) for each in (client, server)]
             for text in (b"one", b"two", b"three"):
                 client.sendall(text)
                 if server.recv(9) != text:
@@ -175,7 +178,7 @@ class Churn:
                 server.sendall(text)
                 if client.recv(9) != text:
                     self.faults.append("other bytes")
-            if in_map(at, client, server) != inside:
+            if inside != [held_under_own_key(at.map.fd, each) for each in (client, server)]:
                 self.faults.append("an entry was lost")
             self.count += 1
             # The server's entry is stale until its socket is closed, or it is healed.
@@ -184,46 +187,39 @@ class Churn:
             server.close()
 
 
-def in_map(at: Incident, *sockets: socket.socket) -> list[bool]:
-    """Return which of the sockets are in the map under their own key."""
-    found = []
-    for each in sockets:
-        (here, port), (there, peer) = each.getsockname(), each.getpeername()
-        key = (
-            *(bytes(12), socket.inet_aton(here), bytes(12), socket.inet_aton(there)),
-            *(port.to_bytes(4, "little"), peer.to_bytes(4, "little")),
-        )
-        found.append(holder(at, b"".join(key)) == cookie(each))
-    return found
-
-
 def test_nothing_is_lost_while_connections_come_and_go() -> None:
     outcomes: Counter[Outcome] = Counter()
-    with incident() as at, Churn(at, 1) as one, Churn(at, 2) as two:
-        for _ in range(HEALS):
-            audits = [at.audit(wait=0.002)]
-            outcomes.update(each.outcome for each in heal(audits))
-        end = time.monotonic() + 60 + HEALS
-        while one.count + two.count < CONNECTIONS and time.monotonic() < end:
-            outcomes.update(each.outcome for each in heal([at.audit(wait=0.002)]))
-    print(dict(outcomes), one.count + two.count)
-    assert not one.faults + two.faults
-    assert outcomes[Outcome.DELETED]
-    assert one.count + two.count >= CONNECTIONS
+    with incident() as at, ExitStack() as stack:
+        command = at.stage.sandbox.inside()
+        crowds = [stack.enter_context(crowd(command, at.map.info.id, LIVE // 2)) for _ in range(2)]
+        with Churn(at, 1) as one, Churn(at, 2) as two:
+            for _ in range(HEALS):
+                audits = [at.audit(wait=0.002)]
+                outcomes.update(each.outcome for each in heal(audits))
+            end = time.monotonic() + 60 + HEALS
+            while one.count + two.count < CONNECTIONS and time.monotonic() < end:
+                outcomes.update(each.outcome for each in heal([at.audit(wait=0.002)]))
+        stack.close()
+        print(dict(outcomes), one.count + two.count, crowds)
+        assert not one.faults + two.faults
+        assert not any(each["faults"] for each in crowds)
+        assert all(each["uses"] and each["opened"] > LIVE // 2 for each in crowds)
+        assert outcomes[Outcome.DELETED]
+        assert one.count + two.count >= CONNECTIONS
 
 
 def test_the_command() -> None:
     with incident() as at:
         sandbox = at.stage.sandbox
         only = ("--id", str(at.map.info.id), "--wait", "50ms")
-        healthy = sandbox.sockhop("heal", *only)
+        healthy = sockhop(sandbox, "heal", *only)
         assert "nothing to heal" in healthy.stdout
         *_, client, server = at.stuck(Place.VETH4)
-        dry = sandbox.sockhop("heal", *only, "--lose-unread", check=False)
+        dry = sockhop(sandbox, "heal", *only, "--lose-unread")
         assert dry.returncode == 1
         assert "would delete" in dry.stdout
         assert "nothing was changed" in dry.stdout
-        left = sandbox.sockhop("heal", *only, "--yes", check=False)
+        left = sockhop(sandbox, "heal", *only, "--yes")
         assert left.returncode == 1
         assert "--lose-unread deletes also those" in left.stdout
         done = sandbox.sockhop("heal", *only, "--yes", "--lose-unread", "--sever-victims")
@@ -236,5 +232,5 @@ def test_the_command() -> None:
         assert [each.kind for each in events] == [EventKind.HEALED, EventKind.SEVERED]
         assert "7 unread bytes lost" in events[0].reason
         client.close()  # it was reset, so its own entry is stale while it is open
-        told = json.loads(sandbox.sockhop("heal", *only, "-o", "json").stdout)
+        told = json.loads(sockhop(sandbox, "heal", *only, "-o", "json").stdout)
         assert told["entries"] == []

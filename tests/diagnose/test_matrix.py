@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from sockhop.errors import InputError
 from sockhop.kernel import netns
 from sockhop.kernel.namespaces import Namespaces
 from sockhop.model import pack_address
+from tests.diagnose.invoke import sockhop
 from tests.diagnose.load import SERVER, Server
 from tests.diagnose.test_doctor import NOBODY, causes, origin, rules
 from tests.splice.stage import Place, Stage
@@ -87,23 +89,36 @@ def test_ping(stage: Stage, place: Place) -> None:
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("words", [[f"PATH={BIN}:/usr/bin:/bin"], ["PATH=/usr/bin:/bin"]],
-                         ids=["sockhop", "curl"])  # fmt: skip
-def test_remote(stage: Stage, words: list[str]) -> None:
-    prefix = afar(stage, "env", *words)
+def test_remote_with_sockhop_there(stage: Stage) -> None:
+    prefix = afar(stage, "env", f"PATH={BIN}:/usr/bin:/bin")
+    with Server(stage) as server:
+        row = dial_remotely(prefix, question(server.port))
+        assert (row.results, row.failed, row.percent) == ({Result.ANSWERED: 2}, 0, 0)
+        assert row.origin.startswith(f"remote (nsenter --net={stage.other} env ")
+    row = dial_remotely(prefix, question(7, ""))
+    assert (row.results, row.failed, row.percent) == ({Result.REFUSED: 2}, 2, 100)
+
+
+@pytest.mark.kernel
+def test_remote_with_curl_there(stage: Stage) -> None:
+    prefix = afar(stage, "env", "PATH=/usr/bin:/bin")
+
+    def asked(port: int, path: str = "/health") -> Result:
+        (result,) = dial_remotely(prefix, replace(question(port, path), count=1)).results
+        return result
+
     for does, result in (
         ("answer", Result.ANSWERED),
         ("nothing", Result.SILENT),
         ("close", Result.CLOSED),
     ):
         with Server(stage, does) as server:
-            row = dial_remotely(prefix, question(server.port))
-            assert (row.results, row.failed) == ({result: 2}, 0 if result.is_good else 2)
-            assert row.origin.startswith(f"remote (nsenter --net={stage.other} env ")
-            assert dial_remotely(prefix, question(server.port, "")).results == {Result.CONNECTED: 2}
-    assert dial_remotely(prefix, question(7)).results == {Result.REFUSED: 2}
+            assert asked(server.port) is result
+            if result.is_good:
+                assert asked(server.port, "") is Result.CONNECTED
+    assert asked(7) is Result.REFUSED
     with rules(stage.sandbox.netns, "input tcp dport 7 drop"):
-        assert dial_remotely(prefix, question(7)).results == {Result.TIMEOUT: 2}
+        assert asked(7) is Result.TIMEOUT
 
 
 @pytest.mark.kernel
@@ -126,9 +141,7 @@ def test_only_the_remote_fails(stage: Stage) -> None:
         options = ("--count", "2", "--timeout", "300ms", "--http", "/health")
         remote = f"nsenter --net={stage.other} env PATH=/usr/bin:/bin"
         target = f"{SERVER}:{server.port}"
-        told = stage.sandbox.sockhop(
-            "doctor", target, *options, "--remote", remote, "-o", "json", check=False
-        )
+        told = sockhop(stage.sandbox, "doctor", target, *options, "--remote", remote, "-o", "json")
         assert told.returncode == 1
         found = json.loads(told.stdout)
         here, there = found["dialled"][:2]
@@ -138,9 +151,7 @@ def test_only_the_remote_fails(stage: Stage) -> None:
         assert conclusion["origin"] == f"remote ({remote})"
         assert any("from here all succeed" in each for each in found["evidence"])
         # In a shell, & would end the command that ssh runs there.
-        wrong = stage.sandbox.sockhop(
-            "doctor", target, "--http", "/a&reboot", "--remote", remote, check=False
-        )
+        wrong = sockhop(stage.sandbox, "doctor", target, "--http", "/a&reboot", "--remote", remote)
         assert (wrong.returncode, "could mean something to a shell" in wrong.stderr) == (2, True)
 
 
@@ -150,10 +161,10 @@ def test_from_all_and_kubelet(stage: Stage, tmp_path: Path) -> None:
         target = f"{SERVER}:{server.port}"
         log = tmp_path / "kubelet.log"
         log.write_text("\n".join([PROBE.format(target), PROBE.format("10.0.0.1:80")]))
-        told = stage.sandbox.sockhop(
+        told = sockhop(
+            stage.sandbox,
             *("doctor", target, "--http", "/health", "--from", "all", "--count", "1"),
             *("--timeout", "300ms", "--kubelet-log", str(log)),
-            check=False,
         )
     assert told.returncode == 1
     assert stage.other.name in told.stdout

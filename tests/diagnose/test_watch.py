@@ -18,6 +18,7 @@ from sockhop.diagnose.heal import heal
 from sockhop.diagnose.watch import Watch
 from sockhop.kernel import netns
 from tests.diagnose.incident import incident
+from tests.diagnose.invoke import sockhop
 from tests.diagnose.load import Load
 from tests.sandbox import Sandbox, compact, wait_until
 from tests.splice.stage import Place, Stage
@@ -154,7 +155,7 @@ def test_the_agent_tells() -> None:
         assert state
         assert len(state.state.watch.findings) >= 2
         assert 0 < state.state.watch.seconds < 1
-        text = sandbox.sockhop("status", check=False).stdout
+        text = sockhop(sandbox, "status").stdout
         assert "FOUND" in text
         assert "half-spliced pair: " in text
         assert metric(9464, "sockhop_findings", "half-spliced pair") >= 1
@@ -162,7 +163,7 @@ def test_the_agent_tells() -> None:
         heal([at.audit()], lose_unread=True)
         wait_until(lambda: len(told(EventKind.OVER)) == 2, "the end of both")
         assert len(told(EventKind.FOUND)) == 2
-        assert "half-spliced pair: " in sandbox.sockhop("events").stdout
+        assert "half-spliced pair: " in sockhop(sandbox, "events").stdout
 
 
 def test_the_command() -> None:
@@ -173,7 +174,7 @@ def test_the_command() -> None:
         assert done.returncode == 1
         assert f"found: stale sockmap entry: map {at.map.info.id} " in done.stdout
         assert "found tcp 10.77.0.1:" in done.stdout
-        wrong = at.stage.sandbox.sockhop("doctor", "10.0.0.1:80", "--watch", check=False)
+        wrong = sockhop(at.stage.sandbox, "doctor", "10.0.0.1:80", "--watch")
         assert (wrong.returncode, "no address goes with it" in wrong.stderr) == (2, True)
-        wrong = at.stage.sandbox.sockhop("doctor", check=False)
+        wrong = sockhop(at.stage.sandbox, "doctor")
         assert (wrong.returncode, "which address?" in wrong.stderr) == (2, True)
