@@ -141,7 +141,8 @@ def spliced(of: HalfSpliced) -> Found:
     one, victim = of.spliced, of.victim
     shows = [
         of.cause,
-        f"{one.local} ({one.handler}) splices to it, and not to {victim.local} ({victim.handler}) "
+        f"the pair is half-spliced: {one.local} ({one.handler}) splices to it, and not to "
+        f"{victim.local} ({victim.handler}) "
         f"of {', '.join(victim.processes) or '?'}",
     ]
     if of.strayed:
