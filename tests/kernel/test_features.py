@@ -17,6 +17,7 @@ from sockhop.datapath.records import Setting
 from sockhop.kernel._libbpf import lib
 from sockhop.kernel.features import Feature, probe_features
 from sockhop.kernel.probe import Lack, Prober, call
+from tests.kernel.feature_page import PAGE, with_tables
 from tests.sandbox import SOCKHOP, Sandbox, wait_until
 
 PINS = Path("/sys/fs/bpf/sockhop")
@@ -215,3 +216,10 @@ def test_provenance_that_fell_back_is_told(sandbox: Sandbox) -> None:
         with BalanceMaps(sandbox.pins) as maps:
             maps.settings.set(Setting.FALLBACK, 1)
         assert "in a map" in told()
+
+
+@pytest.mark.unit
+def test_the_page_has_every_feature_and_fault() -> None:
+    assert PAGE.read_text() == with_tables(PAGE.read_text()), (
+        "docs/features.md is old: python -m tests.kernel.feature_page"
+    )

@@ -34,8 +34,8 @@ _COMMANDS = {
     "resteer": "Move connected UDP sockets to another backend.",
     "sever": "End sockets by hand, in all network namespaces.",
     "status": "Say whether and how balancing works here.",
-    "trace": "Record what the kernel does for some connections.",
     "sysdump": "Write one archive for a bug report.",
+    "trace": "Record what the kernel does for some connections.",
     "verify": "Compare what should be, what is installed and what sockets do.",
 }
 
