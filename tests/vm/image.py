@@ -26,7 +26,7 @@ _TEST_PACKAGES = ("pytest", "pytest-timeout", "hypothesis", "dnspython", "aioqui
 _LEFT_OUT = ("test", "idlelib", "tkinter", "ensurepip", "lib2to3", "turtledemo", "config-3.*")
 
 _INIT = """#!/bin/busybox sh
-export PATH={path}:/bin:/sbin:/usr/bin:/usr/sbin HOME=/root LC_ALL=C.UTF-8 SOCKHOP_VM=1
+export PATH={path}:/bin:/sbin:/usr/bin:/usr/sbin HOME=/root LC_ALL=C.UTF-8 COLUMNS=400 SOCKHOP_VM=1
 busybox mount -t proc proc /proc
 busybox mount -t sysfs sysfs /sys
 busybox mount -t devtmpfs dev /dev

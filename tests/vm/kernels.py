@@ -22,8 +22,12 @@ _MODULES = ("inet_diag", "tcp_diag", "udp_diag", "raw_diag", "veth", "dummy", "n
 
 
 class Kernel(NamedTuple):
-    """An unpacked kernel: its release (uname -r), its image, and modules in loading order."""
+    """An unpacked kernel: its release (uname -r), its image, and modules in loading order.
 
+    `version` is that of its package, which says more than the release of a Debian kernel.
+    """
+
+    version: str
     release: str
     image: Path
     modules: tuple[Path, ...]
@@ -112,7 +116,7 @@ def fetch(series: str) -> Kernel:
     release = image.name.removeprefix("vmlinuz-")
     if release == image.name:
         release = image.parent.name
-    return Kernel(release, image, tuple(_modules(target, release)))
+    return Kernel(version, release, image, tuple(_modules(target, release)))
 
 
 def _modules(target: Path, release: str) -> Iterator[Path]:

@@ -1,57 +1,25 @@
 """The datapath on other kernels: what loads, attaches and works there, as docs/kernels.md says.
 
-SOCKHOP_VM_KERNELS: series, separated by commas, such as 6.1,6.12,newest.
+SOCKHOP_VM_KERNELS: series, separated by commas, such as 5.10,6.1,newest.
 """
 
 import os
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import pytest
 
+from tests.vm.capabilities import CAPABILITIES, NEEDS, PARTS
 from tests.vm.kernels import Kernel, fetch
 from tests.vm.machine import Report, run_tests
+from tests.vm.results import Capability, Result, record
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(3600)]
 
-KERNELS = os.environ.get("SOCKHOP_VM_KERNELS", "6.1,6.12,newest").split(",")
+KERNELS = os.environ.get("SOCKHOP_VM_KERNELS", "5.10,6.1,6.12,newest").split(",")
 
-# What a row of the table means: the tests that show it. None of them compiles a mutant.
-CAPABILITIES = {
-    "agent: load, attach, follow, detach": [
-        "tests/agent/test_agent.py::test_a_changed_manifest_is_followed",
-        "tests/agent/test_agent.py::test_the_datapath_outlives_the_agent",
-        "tests/agent/test_agent.py::test_detach_on_exit",
-    ],
-    "clients by namespace": ["tests/agent/test_agent.py::test_a_service_for_one_namespace"],
-    "clients by cgroup": ["tests/agent/test_agent.py::test_a_service_for_some_cgroups"],
-    "algorithms and affinity": [
-        "tests/datapath/test_statistics.py::test_round_robin_is_exact",
-        "tests/datapath/test_statistics.py::test_maglev_keeps_what_is_bound",
-        "tests/datapath/test_choice.py::test_a_client_stays_with_its_backend",
-    ],
-    "unconnected UDP": [
-        "tests/datapath/test_datagrams.py::test_the_answer_comes_from_the_frontend",
-        "tests/datapath/test_datagrams.py::test_it_moves_when_its_backend_leaves",
-        "tests/datapath/test_datagrams.py::test_one_socket_talks_to_fifty_services",
-    ],
-    "sockets: list, live counts": [
-        "tests/clients/test_socket_edges.py::test_one_udp_socket_connects_to_many",
-        "tests/clients/test_socket_edges.py::test_a_udp_socket_that_is_dissolved_has_no_peer",
-    ],
-    "sever, by iterator": ["tests/datapath/test_ending.py", "-k iterator"],
-    "sever, by netlink": ["tests/datapath/test_ending.py", "-k netlink"],
-    "audit and heal": [
-        "tests/diagnose/test_audit.py::test_live_entries_and_stale_ones",
-        "tests/diagnose/test_heal.py::test_the_incident_is_found_and_cured",
-    ],
-}
-
-# What a kernel may lack, as `sockhop features` there names it; without it that is not to work.
-NEEDS = {
-    "clients by cgroup": "bpf_rdonly_cast",
-    "sever, by iterator": "bpf_sock_destroy",
-    "sever, by netlink": "SOCK_DESTROY for TCP",
-}
+_MOST = 6
+"""So many messages of failed tests stand in a cell."""
 
 
 class Run(NamedTuple):
@@ -64,9 +32,37 @@ class Run(NamedTuple):
 @pytest.fixture(scope="module", params=KERNELS)
 def run(request: pytest.FixtureRequest) -> Run:
     kernel = fetch(request.param)
-    tests = sorted({part for parts in CAPABILITIES.values() for part in parts if "::" in part
-                    or part.endswith(".py")})  # fmt: skip
-    return Run(kernel, run_tests(kernel, " ".join(tests) + " -k 'not mutant'", seconds=2400))
+    chosen = [each for each in CAPABILITIES if each in _selected(request.session.items)]
+    tests = list(dict.fromkeys(
+        part for each in chosen for part in CAPABILITIES[each] if not part.startswith("-k ")
+    ))  # fmt: skip
+    done = Run(kernel, run_tests(kernel, " ".join(tests) + " -k 'not mutant'", seconds=2400))
+    if done.report.status is not None:
+        shown = summary(done.report, chosen)
+        record(Result(request.param, kernel.version, done.report.lacking, shown))
+    return done
+
+
+def _selected(items: Iterable[pytest.Item]) -> set[str]:
+    """Return the capabilities that pytest was asked for."""
+    calls = (getattr(item, "callspec", None) for item in items)
+    return {call.params["capability"] for call in calls if call and "capability" in call.params}
+
+
+def summary(report: Report, chosen: Iterable[str]) -> dict[str, Capability]:
+    """Return what a run shows for these capabilities."""
+    found = {}
+    for name in chosen:
+        tests = outcomes(report, name)
+        bad = [test for test, outcome in tests.items() if outcome != "PASSED"]
+        need = NEEDS.get(name, "")
+        if need in report.lacking and bad and name not in PARTS:
+            why = f"no {need} ({report.lacking[need]})"
+            found[name] = Capability(0, len(tests), why)
+            continue
+        said = dict.fromkeys(report.messages.get(test, "failed") for test in bad)
+        found[name] = Capability(len(tests) - len(bad), len(tests), "; ".join(list(said)[:_MOST]))
+    return found
 
 
 def outcomes(report: Report, capability: str) -> dict[str, str]:
