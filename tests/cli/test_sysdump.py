@@ -138,7 +138,7 @@ def test_all_parts_and_no_secrets(planted: Sandbox) -> None:
     assert done.stderr == ""
     assert stat.S_IMODE(where.stat().st_mode) == 0o600
     files = unpacked(where)
-    may_be_empty = {"agent.log", "events.jsonl"}
+    may_be_empty = {"agent.log", "events.jsonl", "kernel.config"}
     assert (
         set(files) | may_be_empty == {part.name for part in PARTS} | {"README.txt"} | may_be_empty
     )
@@ -156,6 +156,7 @@ def test_all_parts_and_no_secrets(planted: Sandbox) -> None:
     assert sum(row["sockets"] for row in told["sockets.json"]["of"]) >= 1
     assert told["features.json"]["structs"]["sock"]
     assert told["advisories.json"]["tried"]
+    assert "rules" in told["orders.json"]
     # Without the scrubbing the mistake in the manifest is quoted.
     open_where = planted.directory / "open.tar.gz"
     planted.run(sys.executable, "-c", UNSCRUBBED, "sysdump", "--to", str(open_where))

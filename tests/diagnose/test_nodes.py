@@ -282,7 +282,7 @@ def test_a_vendors_kernel_beside_ours(sandbox: Sandbox) -> None:
     node["features"][0] |= {"available": False, "reason": "ENOENT"}
     other = sandbox.directory / "other.json"
     other.write_text(json.dumps(node))
-    status, told, _ = run("--diff", other)
+    status, told, _ = run("--diff", same, "--diff", other)
     assert status == 1
     lines = {tuple(line.split()[:2]): line for line in told.splitlines() if line}
     assert lines["member", "sock.pid"].split()[2:4] == ["-", "pid_t"]
@@ -290,7 +290,7 @@ def test_a_vendors_kernel_beside_ours(sandbox: Sandbox) -> None:
     assert "sockmaps: inserting" in lines["function", "sock_map_of_the_vendor"]
     assert lines["sysctl", "net.core.optmem_max"].endswith("socket storage: provenance")
     assert "no: ENOENT" in lines["feature", node["features"][0]["name"]]
-    wide = run("--diff", other, "-o", "wide")[1]
+    wide = run("--diff", same, "--diff", other, "-o", "wide")[1]
     assert wide.count("member    proto.") > 20
     status, _, error = run("--diff", other, "--diff", same, "--diff", same)
     assert (status, error.splitlines()[0]) == (2, "sockhop: --diff compares two nodes")

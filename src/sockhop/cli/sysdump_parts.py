@@ -196,6 +196,21 @@ def _events() -> bytes:
     return b"".join(line + b"\n" for line in lines)
 
 
+def _orders() -> Any:
+    from sockhop.agent.orders import orders_path  # noqa: PLC0415
+
+    try:
+        return msgspec.json.decode(orders_path(api_path()).read_bytes())
+    except FileNotFoundError:
+        return {}
+
+
+def _configuration() -> bytes:
+    from sockhop.kernel.traits import configuration  # noqa: PLC0415
+
+    return configuration().encode()
+
+
 def _log() -> bytes:
     """The agent's, from the journal; nothing where systemd does not keep it."""
     command = ("journalctl", f"--unit={_UNIT}", "--output=short-iso", "--no-pager", "--quiet")
@@ -222,6 +237,8 @@ PARTS = (
     Part("maps.json", f"our maps, at most {MAP_ENTRIES_MAX:,} entries of each", _json(_maps)),
     Part("sockets.json", "how many sockets there are of each kind", _json(_sockets)),
     Part("audit.json", "`sockhop audit`", _json(_audit)),
+    Part("orders.json", "what waits for live sockets: drains, parked sockets", _json(_orders)),
+    Part("kernel.config", "what the kernel was built with", _configuration),
     Part("events.jsonl", f"`sockhop events`, the last {EVENTS_MAX:,}", _events),
     Part("agent.log", f"the journal of {_UNIT}, its last {LOG_LINES_MAX:,} lines", _log),
 )  # fmt: skip

@@ -6,6 +6,7 @@ Each with what it matters for. Read here, compared by :mod:`sockhop.diagnose.nod
 import gzip
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from sockhop.errors import InputError
@@ -17,6 +18,7 @@ __all__ = [
     "STRUCTS",
     "SYSCTLS",
     "Structs",
+    "configuration",
     "own_types",
     "parse_options",
     "read_functions",
@@ -160,18 +162,21 @@ def parse_options(text: str) -> dict[str, str]:
     return {name or unset: value or "n" for name, value, unset in _OPTION.findall(text)}
 
 
-def read_options() -> dict[str, str]:
-    """Return the build options that matter, n for those that are not set; {} if nobody tells."""
+def configuration() -> str:
+    """Return the configuration that the running kernel was built with; "" if nobody tells."""
     for path, unpack in (
         (Path("/proc/config.gz"), gzip.decompress),
         (Path(f"/boot/config-{os.uname().release}"), bytes),
     ):
-        try:
-            found = parse_options(unpack(path.read_bytes()).decode(errors="replace"))
-        except (OSError, EOFError):
-            continue
-        return {name: found.get(name, "n") for name in OPTIONS}
-    return {}
+        with suppress(OSError, EOFError):
+            return unpack(path.read_bytes()).decode(errors="replace")
+    return ""
+
+
+def read_options() -> dict[str, str]:
+    """Return the build options that matter, n for those that are not set; {} if nobody tells."""
+    found = parse_options(configuration())
+    return {name: found.get(name, "n") for name in OPTIONS} if found else {}
 
 
 def read_structs(types: BtfFile) -> Structs:
