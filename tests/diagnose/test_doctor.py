@@ -43,9 +43,15 @@ def origin(stage: Stage) -> Origin:
 
 
 def ask(
-    stage: Stage, port: int, *, path: str = "/health", count: int = 2, alone: bool = True
+    stage: Stage,
+    port: int,
+    *,
+    path: str = "/health",
+    count: int = 1,
+    timeout: float = 0.8,
+    alone: bool = True,
 ) -> Diagnosis:
-    question = Question(pack_address(SERVER), port, path, count, 0.4)
+    question = Question(pack_address(SERVER), port, path, count, timeout)
     return diagnose(question, [origin(stage)], NOBODY, alone=alone)
 
 
@@ -86,10 +92,10 @@ def test_healthy(stage: Stage) -> None:
     with Server(stage) as server, Server(stage, answer=bytes(300_000)) as big:
         for port in (server.port, big.port):
             for _ in range(RUNS):
-                found = ask(stage, port)
+                found = ask(stage, port, count=2, timeout=5)
                 assert (found.conclusions, found.dialled[0].failed) == ([], 0)
                 assert netns.inode(stage.sandbox.netns) in found.owners
-        assert ask(stage, server.port, path="").conclusions == []
+        assert ask(stage, server.port, path="", timeout=5).conclusions == []
 
 
 @contextmanager
@@ -109,7 +115,7 @@ def test_healthy_under_load(spliced: bool) -> None:
         server = stack.enter_context(Server(stage))
         load = stack.enter_context(Load(stage))
         for _ in range(RUNS):
-            assert ask(stage, server.port).conclusions == []
+            assert ask(stage, server.port, count=2, timeout=5).conclusions == []
             with ExitStack() as opened:
                 maps = [
                     each
@@ -234,7 +240,7 @@ def test_filtered_on_the_way(stage: Stage, rule: str, said: str) -> None:
             found = ask(stage, server.port)
         assert causes(found) == [Cause.FILTERED]
         assert said in because(found)
-        assert ask(stage, server.port).conclusions == []
+        assert ask(stage, server.port, timeout=5).conclusions == []
 
 
 def test_nobody_has_the_address(stage: Stage) -> None:
@@ -287,7 +293,7 @@ def test_stale_sockmap_entry() -> None:
                 reset(client)
             wait_until(lambda: at.audit(0).result.stale_closed == 4, "stale entries")
             server.does = "answer"
-            found = ask(at.stage, server.port, alone=False)
+            found = ask(at.stage, server.port, count=2, alone=False)
         assert causes(found) == [Cause.STALE_ENTRY], found
         text = "\n".join(found.evidence)
         assert "from far TCP connects every time" in text
@@ -299,7 +305,7 @@ def test_stale_sockmap_entry() -> None:
         assert "no segment moves: segs_out stays " in because(found)
         assert re.search(r"\d+ bytes wait there, where nobody expects them", because(found))
         heal([at.audit()], lose_unread=True)
-        found = ask(at.stage, server.port, count=1000)
+        found = ask(at.stage, server.port, count=1000, timeout=10)
         assert found.dialled[0].results == {"answered": 1000}
 
 

@@ -197,7 +197,9 @@ def test_nothing_is_lost_while_connections_come_and_go() -> None:
                 audits = [at.audit(wait=0.002)]
                 outcomes.update(each.outcome for each in heal(audits))
             end = time.monotonic() + 60 + HEALS
-            while one.count + two.count < CONNECTIONS and time.monotonic() < end:
+            while time.monotonic() < end and not (
+                one.count + two.count >= CONNECTIONS and outcomes[Outcome.DELETED]
+            ):
                 outcomes.update(each.outcome for each in heal([at.audit(wait=0.002)]))
         stack.close()
         print(dict(outcomes), one.count + two.count, crowds)

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,8 +41,8 @@ def afar(stage: Stage, *words: str) -> list[str]:
     return ["nsenter", f"--net={stage.other}", *words]
 
 
-def question(port: int, path: str = "/health", *, timeout: float = 0.4) -> Question:
-    return Question(pack_address(SERVER), port, path, 2, timeout)
+def question(port: int, path: str = "/health") -> Question:
+    return Question(pack_address(SERVER), port, path, 1, 1)
 
 
 @pytest.mark.kernel
@@ -56,7 +55,7 @@ def test_a_filter_is_narrowed_down(stage: Stage) -> None:
     assert causes(found) == [Cause.FILTERED]
     text = "\n".join(found.evidence)
     assert f"{SERVER} answers to ping from far, in " in text
-    inside = f"from {stage.sandbox.name}, which has the address all succeed"
+    inside = f"from {stage.sandbox.name}, which has the address it succeeds"
     assert inside in text
     (way,) = found.ways
     assert str(way) == (
@@ -73,7 +72,7 @@ def test_a_server_that_is_silent_is_so_from_everywhere(stage: Stage) -> None:
     assert causes(found) == [Cause.NOT_ANSWERING]
     text = "\n".join(found.evidence)
     assert "from far TCP connects every time" in text
-    assert f"from {stage.sandbox.name}, which has the address 2 of 2 fail, too" in text
+    assert f"from {stage.sandbox.name}, which has the address 1 of 1 fail, too" in text
 
 
 @pytest.mark.kernel
@@ -82,7 +81,7 @@ def test_ping(stage: Stage, place: Place) -> None:
     far, address = origin(stage).place, pack_address(place.server)
     seconds = ping(far, address)
     assert seconds is not None
-    assert 0 < seconds < 0.2
+    assert 0 < seconds < 1
     with rules(stage.sandbox.netns, "input meta l4proto { icmp, icmpv6 } drop"):
         assert ping(far, address, count=1) is None
     assert ping(far, pack_address("203.0.113.1")) is None
@@ -93,10 +92,10 @@ def test_remote_with_sockhop_there(stage: Stage) -> None:
     prefix = afar(stage, "env", f"PATH={BIN}:/usr/bin:/bin")
     with Server(stage) as server:
         row = dial_remotely(prefix, question(server.port))
-        assert (row.results, row.failed, row.percent) == ({Result.ANSWERED: 2}, 0, 0)
+        assert (row.results, row.failed, row.percent) == ({Result.ANSWERED: 1}, 0, 0)
         assert row.origin.startswith(f"remote (nsenter --net={stage.other} env ")
     row = dial_remotely(prefix, question(7, ""))
-    assert (row.results, row.failed, row.percent) == ({Result.REFUSED: 2}, 2, 100)
+    assert (row.results, row.failed, row.percent) == ({Result.REFUSED: 1}, 1, 100)
 
 
 @pytest.mark.kernel
@@ -104,7 +103,7 @@ def test_remote_with_curl_there(stage: Stage) -> None:
     prefix = afar(stage, "env", "PATH=/usr/bin:/bin")
 
     def asked(port: int, path: str = "/health") -> Result:
-        (result,) = dial_remotely(prefix, replace(question(port, path), count=1)).results
+        (result,) = dial_remotely(prefix, question(port, path)).results
         return result
 
     for does, result in (
@@ -138,7 +137,7 @@ def test_only_the_remote_fails(stage: Stage) -> None:
         ExitStack() as stack,
     ):
         stack.enter_context(netns.entered(stage.sandbox.netns))
-        options = ("--count", "2", "--timeout", "300ms", "--http", "/health")
+        options = ("--count", "2", "--timeout", "1s", "--http", "/health")
         remote = f"nsenter --net={stage.other} env PATH=/usr/bin:/bin"
         target = f"{SERVER}:{server.port}"
         told = sockhop(stage.sandbox, "doctor", target, *options, "--remote", remote, "-o", "json")
