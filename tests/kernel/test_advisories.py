@@ -134,3 +134,15 @@ def test_what_can_be_tried_is_tried_here() -> None:
     seen = {each["fault"]: each["affected"] for each in report["faults"]}
     assert seen["SOCKHOP-2"] == "yes"
     assert status == 1
+
+
+@pytest.mark.kernel
+def test_without_root_it_says_what_it_could_not_try() -> None:
+    done = subprocess.run(
+        ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups",
+         SOCKHOP, "advisories"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1  # SOCKHOP-2 is suspected by version
+    assert done.stdout.count("\nnot tried: ") == 2
+    assert done.stderr == ""

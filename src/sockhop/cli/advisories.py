@@ -39,10 +39,11 @@ class _Row(msgspec.Struct):
 
 
 class _Tried(msgspec.Struct):
-    """What was tried on the running kernel; `found` is "" where nothing is wrong."""
+    """What was tried on the running kernel: the fault that was found, why it was not tried."""
 
     what: str
-    found: str
+    found: str = ""
+    not_tried: str = ""
 
 
 class _Report(msgspec.Struct):
@@ -145,7 +146,7 @@ def _try() -> tuple[dict[str, str], list[_Tried]]:
         try:
             tried.append(_Tried(what, trial()))
         except SystemLackError as error:
-            tried.append(_Tried(what, f"cannot be tried: {error.message}"))
+            tried.append(_Tried(what, not_tried=error.message))
     return seen, tried
 
 
@@ -169,4 +170,7 @@ def _print(report: _Report, output: str, *, given: bool) -> None:
             + (": run `sockhop advisories` on it, which tries what can be tried" if given else "")
         )
     for each in report.tried:
-        click.echo(f"tried: {each.what}: {each.found or 'no fault'}")
+        if each.not_tried:
+            click.echo(f"not tried: {each.what}: {each.not_tried}")
+        else:
+            click.echo(f"tried: {each.what}: {each.found or 'no fault'}")
