@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sockhop.datapath.splice_records import LaneMode, SpliceReason
+from sockhop.datapath.splicer import Sweeper
 from sockhop.model import SpliceLimits
 from tests.mutants import mutant
 from tests.splice.stage import Place, Stage, cookie
@@ -20,12 +21,17 @@ from tests.splice.tcpinfo import tcp_info
 pytestmark = pytest.mark.kernel
 
 BUDGET = SpliceLimits().budget
-PAUSE = float(os.environ.get("SOCKHOP_PAUSE", "4"))
+PAUSE = float(os.environ.get("SOCKHOP_PAUSE", "2"))
+
+
+SETTLED = ("#define SETTLED 1000000000ULL", "#define SETTLED 100000000ULL")
+"""A sweep that waits a tenth of a second, not a whole one."""
 
 
 @pytest.fixture(scope="module")
-def stage() -> Iterator[Stage]:
-    with Stage() as made:
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    quick = mutant(tmp_path_factory.mktemp("sweep"), "sweep", SETTLED)
+    with Stage() as made, Sweeper(made.sandbox.pins, path=quick) as made.sweeper:
         yield made
 
 
@@ -48,7 +54,7 @@ def read_exactly(of: socket.socket, size: int) -> bytes:
 def swept(stage: Stage) -> None:
     """Do what the agent does every second, until what is done with splicing has left."""
     stage.sweeper.sweep()
-    time.sleep(1.1)
+    time.sleep(0.15)
     stage.sweeper.sweep()
 
 
@@ -201,11 +207,10 @@ def test_off_takes_out_only_empty_queues(stage: Stage) -> None:
 
 
 def test_a_sweep_that_forgets_the_queue_is_noticed(stage: Stage, tmp_path: Path) -> None:
-    from sockhop.datapath.splicer import Sweeper
-
     path = mutant(
         tmp_path,
         "sweep",
+        SETTLED,
         ("now - lane->leaving < SETTLED || !has_no_bytes(sk)", "now - lane->leaving < SETTLED"),
     )
     kept = stage.sweeper
@@ -222,7 +227,7 @@ def test_a_client_whose_server_never_comes_leaves(stage: Stage) -> None:
         with client:
             client.connect(listener.getsockname())
             assert stage.lane(client) is LaneMode.UNDECIDED
-            time.sleep(1.1)
+            time.sleep(0.15)
             swept(stage)
             assert stage.lane(client) is None
             # The server's end comes with the first bytes, and answers by the stack.

@@ -17,8 +17,9 @@ __all__ = ["SUITES", "Kernel", "cache_directory", "fetch", "newest_of", "unpacke
 _META = "linux-image-cloud-amd64"
 _KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 SUITES = ("bullseye-security", "bookworm", "bookworm-backports", "trixie-backports", "sid")
-# What the tests need and a cloud kernel has as a module.
-_MODULES = ("inet_diag", "tcp_diag", "udp_diag", "raw_diag", "veth", "dummy", "nf_tables", "tls")
+# What the tests need and a cloud kernel has as a module; from tls on: kTLS with AES-GCM.
+_MODULES = ("inet_diag", "tcp_diag", "udp_diag", "raw_diag", "veth", "dummy", "nf_tables",
+            "tls", "gcm", "ghash-generic", "ctr")  # fmt: skip
 
 
 class Kernel(NamedTuple):

@@ -135,5 +135,5 @@ def _draw_bar(result: SpliceResult, y: int, scale: float, highest: float) -> Ite
         f'<path d="M{low:.1f} {middle}H{high:.1f}M{low:.1f} {y + 2}V{y + _BAR - 2}'
         f'M{high:.1f} {y + 2}V{y + _BAR - 2}" stroke="{INK}" stroke-opacity="0.55" fill="none"/>'
     )
-    end = max(high, x + length)
+    end = max(high, x + length, x + scale)  # not across the line of plain TCP
     yield text(end + 6, y + _BAR - 1, f"{spread.median:.2f}", size=10, colour=FAINT)
