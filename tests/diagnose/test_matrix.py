@@ -199,7 +199,7 @@ def bridged() -> Iterator[dict[str, Path]]:
 
 
 @pytest.mark.kernel
-def test_only_what_leads_there_is_dialled_from() -> None:
+def test_only_what_leads_there_is_dialled_from(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a way goes elsewhere, the same address is another's: nothing may be sent there."""
     with bridged() as paths:
         inodes = {each: netns.inode(path) for each, path in paths.items()}
@@ -214,6 +214,9 @@ def test_only_what_leads_there_is_dialled_from() -> None:
             str(way) == "far (10.99.0.1) sends by d0 (bridge, mtu 1,500) to the gateway 10.99.0.2"
         )
         assert {name_of(each) for each in places} == {path.name for path in paths.values()}
+        # The mutant: a route is enough.
+        monkeypatch.setattr(Topology, "_leads", lambda self, place: self._routes[place])
+        assert inodes["far"] in {each.inode for each in ways.sources()}
 
 
 @pytest.mark.unit

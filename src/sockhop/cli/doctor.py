@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _PLAIN = r"/[A-Za-z0-9/_.~%?=+,:@-]*"
+_HOST = "/proc/1/ns/net"
 _LAST = 3
 """So many lines of kubelet's log are shown."""
 _COLUMNS = (
@@ -44,7 +45,7 @@ _COLUMNS = (
     multiple=True,
     metavar="NETNS",
     help="Dial from this network namespace, a name of `ip netns` or a path, instead of from here; "
-    "may be given several times. `all`: from all that lead there.",
+    "may be given several times. `host`: that of the node; `all`: all that lead there.",
 )
 @click.option(
     "--remote",
@@ -179,7 +180,7 @@ def _origins(names: tuple[str, ...], question: "Question") -> "list[Origin]":
             ways = Topology(Namespaces().all(), question.address)
             found += [Origin(name_of(each), each) for each in ways.owners() + ways.sources()]
             continue
-        found.append(Origin(name, namespace_at(name)))
+        found.append(Origin(name, namespace_at(_HOST if name == "host" else name)))
     return found
 
 

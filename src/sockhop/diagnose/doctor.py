@@ -45,17 +45,13 @@ __all__ = ["Conclusion", "Diagnosis", "diagnose"]
 
 
 class Conclusion(msgspec.Struct, frozen=True):
-    """A cause, where it was seen from, what shows it, and what to do."""
+    """A cause, where it was seen from, what shows it, what to do, and in which layer it lies."""
 
     cause: Cause
     origin: str
     because: str
     advice: str
-
-    @property
-    def layer(self) -> str:
-        """Where the cause lies."""
-        return self.cause.layer
+    layer: str
 
 
 class Diagnosis(msgspec.Struct, frozen=True):
@@ -104,7 +100,7 @@ def diagnose(
             with suppress(NamespaceGone):
                 dialling, found = doctor.visit(origin)
                 asked.append((origin, dialling))
-                conclusions += (Conclusion(each.cause, origin.name, *each[1:]) for each in found)
+                conclusions += (_conclusion(each, origin.name) for each in found)
         ways = doctor.ways([origin for origin, _ in asked])
         afar = [dial_remotely(each, question) for each in remotes]
         conclusions += [_only_afar(each) for each in afar if each.failed and not conclusions]
@@ -131,12 +127,16 @@ def _of_kubelet(question: Question, logs: Sequence[Path] | None) -> list[str]:
 
 
 def _only_afar(row: Dialling) -> Conclusion:
-    return Conclusion(
+    found = Found(
         Cause.FILTERED,
-        row.origin,
         f"{row.failed} of {row.attempts} connections from there fail, and none from this node",
         "run doctor there, and look at what is between the two nodes",
     )
+    return _conclusion(found, row.origin)
+
+
+def _conclusion(of: Found, origin: str) -> Conclusion:
+    return Conclusion(of.cause, origin, of.because, of.advice, of.cause.layer)
 
 
 class _Doctor:
