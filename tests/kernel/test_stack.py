@@ -24,7 +24,7 @@ def stacks(path: Path) -> dict[str, list[int]]:
         getattr(libbpf, f"bpf_object__{name}").restype = ctypes.c_void_p
     libbpf.bpf_program__name.restype = ctypes.c_char_p
     opened = ctypes.c_void_p(libbpf.bpf_object__open_file(os.fsencode(path), None))
-    assert opened, path
+    assert opened.value, path
     try:
         found = None
         while found := libbpf.bpf_object__next_map(opened, ctypes.c_void_p(found)):
