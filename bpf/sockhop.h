@@ -7,8 +7,13 @@
 #ifndef SOCKHOP_H
 #define SOCKHOP_H
 
-/* Changes when a pinned map of an older version can no longer be used as it is. */
-#define SOCKHOP_ABI 1
+/* Changes when a pinned map of an older version can no longer be used as it is: another key or
+ * value, or fewer entries than there are now. tests/kernel/test_abi.py notices.
+ */
+#define SOCKHOP_ABI 2
+
+/* Entries of arrays that are indexed by an enum: a new one needs no new map. */
+#define ROOM 64
 
 enum setting {
 	SETTING_ABI, /* SOCKHOP_ABI of whoever made the maps */
@@ -21,6 +26,8 @@ enum setting {
 	SETTING_REDIRECTS, /* not 0: there are frontends in LAYER_REDIRECTS */
 	SETTINGS,
 };
+
+_Static_assert(SETTINGS <= ROOM, "settings");
 
 /* netns: 0 for everywhere, else the cookie of the one network namespace where it holds. */
 struct frontend_key {
@@ -151,6 +158,8 @@ enum total {
 	TOTALS,
 };
 
+_Static_assert(TOTALS <= ROOM, "totals");
+
 /* How many live sockets a namespace has on a backend; never below the truth. */
 struct live_key {
 	__u64 netns;
@@ -266,6 +275,8 @@ enum policy_setting {
 	POLICY_LOST, /* counter: denied since rules were not found where they should be */
 	POLICY_SETTINGS,
 };
+
+_Static_assert(POLICY_SETTINGS <= ROOM, "policy_settings");
 
 enum policy_flag {
 	POLICY_NAMES_SPACES = 1, /* some clients are told by their network namespace */

@@ -143,8 +143,8 @@ def test_sizes_are_chosen_once(pins: Path) -> None:
 def test_another_abi_is_refused(pins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Balancer(pins):
         pass
-    monkeypatch.setattr("sockhop.datapath.balancer.ABI", records.ABI + 1)
-    with pytest.raises(SystemLackError, match="these maps have the ABI 1, this version has 2"):
+    monkeypatch.setattr("sockhop.datapath.pins.ABI", records.ABI + 1)
+    with pytest.raises(SystemLackError, match=r"maps have the ABI 2, those of this version 3"):
         BalanceMaps(pins)
 
 

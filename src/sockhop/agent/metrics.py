@@ -20,7 +20,7 @@ from sockhop.agent.terminate import Terminator
 from sockhop.agent.watching import Watching
 from sockhop.datapath.balancer import BalanceMaps
 from sockhop.datapath.policies import PolicyMaps, PolicySetting
-from sockhop.datapath.records import Setting, Total
+from sockhop.datapath.records import Setting
 from sockhop.diagnose.watch import Watch
 from sockhop.errors import InputError
 from sockhop.model import Protocol, endpoint
@@ -113,8 +113,8 @@ class AgentCollector(Collector):
         family = CounterMetricFamily(
             "sockhop_datapath_events", "Rare events in the hooks.", labels=["event"]
         )
-        for number, value in self._maps.totals.items():
-            family.add_metric([Total(number).name.lower()], value)
+        for event, count in self._maps.events().items():
+            family.add_metric([event.name.lower()], count)
         yield family
 
     def _termination(self, state: Termination) -> Iterator[Metric]:

@@ -32,13 +32,13 @@ class RejectionLog:
         self._installer = installer
         self._policies = policies
         self._denied = self._denials()
-        self._totals = dict(maps.totals.items())
+        self._totals = maps.events()
         # With many services these are slow to read, and nobody has been rejected where all is well.
         self._counts = self._rejected() if self._totals[Total.REJECTED] else {}
 
     def write(self) -> None:
         """Log at most a line for each of a few services and policies, and for each rare event."""
-        totals = dict(self._maps.totals.items())
+        totals = self._maps.events()
         grown = {total: totals[total] - self._totals[total] for total in Total}
         self._totals = totals
         if grown[Total.REJECTED] > 0:

@@ -1,5 +1,7 @@
 """`sockhop detach`."""
 
+from pathlib import Path
+
 import click
 
 from sockhop.cli.options import api_path, bpffs_path, cgroup_path, global_options
@@ -15,12 +17,17 @@ def command() -> None:
     Connections that are open go on to their backends, but getpeername() shows the backend from
     now on. Programs of others stay. Stop the agent first.
 
+    It also ends what another version of sockhop has installed.
+
     Links are known by their pins, wherever they are attached. Programs of ours that were attached
     without a link are looked for in the whole cgroup hierarchy.
     """
-    from sockhop.datapath.balancer import NotInstalled, remove_pins  # noqa: PLC0415 (extension)
-    from sockhop.datapath.sockets import Sockets  # noqa: PLC0415
-    from sockhop.datapath.splicer import end_splicing  # noqa: PLC0415
+    from sockhop.datapath.balancer import (  # noqa: PLC0415 (extension)
+        OtherVersion,
+        check_version,
+        remove_pins,
+    )
+    from sockhop.datapath.splicer import end_splicing, stop_splicing  # noqa: PLC0415
     from sockhop.kernel.bpffs import lock_directory, require_bpffs  # noqa: PLC0415
 
     pins = bpffs_path()
@@ -30,15 +37,27 @@ def command() -> None:
         return
     with lock_directory(pins):
         try:
-            with Sockets(pins) as programs:
-                sockets = len(programs.balanced())
-        except NotInstalled:
-            sockets = 0
-        spliced = end_splicing(pins, cgroup_path())
+            check_version(pins)
+            what = f"; {_count_sockets(pins)} live sockets"
+            spliced = end_splicing(pins, cgroup_path())
+        except OtherVersion:
+            what, spliced = " what another version had installed; live sockets", 0
+            stop_splicing(pins, cgroup_path())
         remove_pins(pins, cgroup_path())
     api_path().unlink(missing_ok=True)
-    click.echo(f"detached; {sockets} live sockets lose their reverse translation")
+    click.echo(f"detached{what} lose their reverse translation")
     if spliced:
         click.echo(
             f"{spliced} sockets with unread spliced bytes keep the splice program until they close"
         )
+
+
+def _count_sockets(pins: Path) -> int:
+    from sockhop.datapath.balancer import NotInstalled  # noqa: PLC0415
+    from sockhop.datapath.sockets import Sockets  # noqa: PLC0415
+
+    try:
+        with Sockets(pins) as programs:
+            return len(programs.balanced())
+    except NotInstalled:
+        return 0

@@ -81,7 +81,7 @@ def read_status(pins: Path, api: Path) -> _Status:
         attached_hooks,
         balanced_cgroup,
     )
-    from sockhop.datapath.records import Setting, Total  # noqa: PLC0415
+    from sockhop.datapath.records import Setting  # noqa: PLC0415
 
     running = ask_agent(api)
     agent = running.state if running else None
@@ -94,7 +94,7 @@ def read_status(pins: Path, api: Path) -> _Status:
             status.balancing = len(status.hooks) == len(HOOKS)
             status.bypass = bool(maps.setting(Setting.BYPASS))
             status.maps = [_MapUse(*use) for use in map_usage(maps)]
-            status.events = {Total(i).name.lower(): n for i, n in maps.totals.items()}
+            status.events = {event.name.lower(): n for event, n in maps.events().items()}
     except NotInstalled:
         pass
     return status

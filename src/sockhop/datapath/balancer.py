@@ -14,7 +14,14 @@ from sockhop.datapath.attachment import (
     programs_in_force,
 )
 from sockhop.datapath.neighbours import Neighbourhood, find_neighbours
-from sockhop.datapath.pins import NotInstalled, link_directory, map_directory, nothing_here
+from sockhop.datapath.pins import (
+    NotInstalled,
+    OtherVersion,
+    check_version,
+    link_directory,
+    map_directory,
+    nothing_here,
+)
 from sockhop.datapath.policies import PolicyMaps
 from sockhop.datapath.records import (
     ABI,
@@ -33,8 +40,8 @@ from sockhop.datapath.records import (
     SlotKey,
     SlotRecord,
     TableBlock,
+    Total,
 )
-from sockhop.errors import SystemLackError
 from sockhop.kernel.btf import Codec, Layouts
 from sockhop.kernel.cgroups import AttachType
 from sockhop.kernel.links import detach, unpin
@@ -47,9 +54,11 @@ __all__ = [
     "BalanceMaps",
     "Balancer",
     "NotInstalled",
+    "OtherVersion",
     "attached_hooks",
     "balanced_cgroup",
     "check_room",
+    "check_version",
     "link_directory",
     "map_directory",
     "remove_pins",
@@ -106,8 +115,8 @@ class BalanceMaps:
         self.frontend_key: Codec[FrontendKey] = layouts.codec(FrontendKey, "frontend_key")
         self.slot_key: Codec[SlotKey] = layouts.codec(SlotKey, "slot_key")
         try:
+            check_version(pins)
             self.settings = self._open("settings", U32, U64)
-            self._check_abi()
             self.frontends = self._open(
                 "frontends", self.frontend_key, layouts.codec(FrontendRecord, "frontend")
             )
@@ -141,6 +150,11 @@ class BalanceMaps:
     def setting(self, which: Setting) -> int:
         """Return a value of the map `settings`."""
         return self.settings.get(which) or 0
+
+    def events(self) -> dict[Total, int]:
+        """Return how often the rare things of the map `totals` have happened."""
+        counts = dict(self.totals.items())
+        return {each: counts[each] for each in Total}
 
     def find_frontend(
         self, key: FrontendKey, netns_cookie: int
@@ -194,14 +208,6 @@ class BalanceMaps:
             raise nothing_here(self.pins) from None
         return self._stack.enter_context(Map(fd, key, value))
 
-    def _check_abi(self) -> None:
-        found = self.setting(Setting.ABI)
-        if found not in (0, ABI):
-            raise SystemLackError(
-                f"{self.pins}: these maps have the ABI {found}, this version has {ABI}",
-                hint="use the version that made them, or start afresh after its `sockhop detach`",
-            )
-
 
 class Balancer:
     """The loaded balance programs. Closing it leaves attached programs and pinned maps in force."""
@@ -212,7 +218,9 @@ class Balancer:
         """Load the programs, making or reusing the maps pinned below *pins* (bpffs, locked).
 
         *path*: another object file than the package's; *sizes*: entries by name of SIZED_MAPS.
+        OtherVersion where the maps are those of a version whose maps differ.
         """
+        check_version(pins)
         self._pins = pins
         for directory in (map_directory(pins), link_directory(pins)):
             directory.mkdir(mode=0o700, exist_ok=True)

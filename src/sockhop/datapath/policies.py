@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sockhop.datapath.pins import map_directory, nothing_here
+from sockhop.datapath.pins import check_version, map_directory, nothing_here
 from sockhop.kernel._libbpf import ffi, lib
 from sockhop.kernel.btf import Codec, Layouts
 from sockhop.kernel.maps import U32, U64, Map, open_pinned
@@ -111,6 +111,7 @@ class PolicyMaps:
         self._pins = pins
         self._stack = ExitStack()
         try:
+            check_version(pins)
             self.settings: Map[int, int] = self._open("policy_settings", U32, U64)
             self.clients: Map[ClientKey, int] = self._open(
                 "policy_clients", layouts.codec(ClientKey, "policy_client"), U32

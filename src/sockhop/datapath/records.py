@@ -45,7 +45,7 @@ __all__ = [
     "word_generation",
 ]
 
-ABI = 1
+ABI = 2
 ALWAYS_KEEP = 0xFFFFFFFF
 """`keep` of a slot that never sends anyone to its alias."""
 

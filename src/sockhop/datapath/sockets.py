@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from sockhop.datapath.balancer import NotInstalled, map_directory
+from sockhop.datapath.balancer import NotInstalled, check_version, map_directory
 from sockhop.datapath.records import Provenance, SocketRecord
 from sockhop.kernel._libbpf import lib
 from sockhop.kernel.maps import U32, Map
@@ -116,6 +116,7 @@ class Sockets:
         """Load them over the maps pinned below *pins*; NotInstalled where there are none."""
         if not (map_directory(pins) / "provenance").exists():
             raise NotInstalled(f"{pins}: nothing is installed here", hint="is an agent running?")
+        check_version(pins)
         self._object = BpfObject(object_path("sockets"), pins=map_directory(pins))
         self._records = SocketRecords(self._object)
         pairs = os.dup(self._object.map_fd("pairs"))

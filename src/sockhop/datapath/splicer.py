@@ -241,10 +241,12 @@ def stop_splicing(pins: Path, cgroup: Path | None = None) -> None:
     What is in the sockhash stays there: see :class:`Sweeper`.
     """
     try:
-        with SpliceMaps(pins) as maps:
-            maps.set(SpliceSetting.OFF, 1)
-    except NotInstalled:
+        # This map every version has alike.
+        settings = Map(open_pinned(map_directory(pins) / "splice_settings"), U32, U64)
+    except FileNotFoundError:
         return  # ... and without maps no program of ours
+    with settings:
+        settings.set(SpliceSetting.OFF, 1)
     owner = Owner(map_directory(pins))
     detach_hooks(SPLICE_HOOKS, link_directory(pins), owner, cgroup)
 
