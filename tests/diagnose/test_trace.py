@@ -18,7 +18,7 @@ from sockhop.kernel import netns
 from sockhop.kernel.symbols import Symbols
 from sockhop.model import pack_address
 from tests.diagnose.incident import incident
-from tests.sandbox import SOCKHOP
+from tests.sandbox import SOCKHOP, Sandbox, compact
 from tests.splice.stage import Place, Stage
 
 pytestmark = pytest.mark.kernel
@@ -210,6 +210,16 @@ def test_the_command() -> None:
     assert nothing.returncode == 0, nothing.stderr
     empty = json.loads(nothing.stdout)
     assert (empty["verdicts"], empty["difference"]) == ({}, None)
+
+
+def test_a_frontend_has_no_connections(sandbox: Sandbox, tmp_path: Path) -> None:
+    manifest = tmp_path / "services.yaml"
+    service = {"frontends": ["10.96.0.1:80"], "backends": ["127.0.0.1:8080"]}
+    manifest.write_text(compact(web=service))
+    with sandbox.agent(manifest):
+        told = sandbox.sockhop("trace", "path", "10.96.0.1:80", "--for", "10ms").stdout
+    assert "10.96.0.1:80 is a frontend" in told
+    assert "its backends, 127.0.0.1:8080; trace one of those" in told
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sockhop.cli.options import global_options, output_option, parse_duration
+from sockhop.cli.options import bpffs_path, global_options, output_option, parse_duration
 from sockhop.cli.output import counted, print_value
 from sockhop.cli.target import namespace_at, parse_question
 
@@ -107,6 +107,8 @@ def path(  # noqa: PLR0913, PLR0917 (click passes them by name)
         print_value(found, output)
     else:
         _print(found, wide=output == "wide")
+        if not found.verdicts:
+            _say_where(question)
     return int(found.unanswered is not None)
 
 
@@ -120,6 +122,20 @@ def _dialler(question: "Question", origin: str | None) -> "Callable[[], None]":
             pass
 
     return dial
+
+
+def _say_where(question: "Question") -> None:
+    """Tell of the backends if there can be no connection to the address itself."""
+    from sockhop.diagnose.frontends import backends_of  # noqa: PLC0415 (slow to import)
+    from sockhop.model import endpoint, unpack_address  # noqa: PLC0415
+
+    backends = backends_of(bpffs_path(), (question.address, question.port))
+    if backends is not None:
+        names = ", ".join(endpoint(unpack_address(each.address), each.port) for each in backends)
+        click.echo(
+            f"note: {question.name} is a frontend: connections that are balanced go to its "
+            f"backends, {names or 'of which there is none'}; trace one of those"
+        )
 
 
 def _print(found: "Trace", *, wide: bool) -> None:

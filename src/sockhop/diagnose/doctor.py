@@ -10,12 +10,12 @@ from pathlib import Path
 
 import msgspec
 
-from sockhop.datapath.balancer import BalanceMaps, NotInstalled
 from sockhop.datapath.listing import list_here
-from sockhop.datapath.records import BackendRecord, FrontendKey
+from sockhop.datapath.records import BackendRecord
 from sockhop.datapath.sockets import Socket
 from sockhop.diagnose.causes import Cause
 from sockhop.diagnose.dial import Attempt, Dialling, Question, Result, dialled
+from sockhop.diagnose.frontends import backends_of
 from sockhop.diagnose.kubelet import probe_failures
 from sockhop.diagnose.matrix import Origin, compare, evidence
 from sockhop.diagnose.pairs import examine, match_pairs, unread_from_stack
@@ -233,18 +233,7 @@ class _Doctor:
 
     def _backends(self) -> list[BackendRecord] | None:
         """Return the backends if the target is a frontend of ours; None if it is not."""
-        try:
-            with BalanceMaps(self._pins) as maps:
-                asked = self._question
-                key = FrontendKey(asked.address, 0, asked.port, socket.IPPROTO_TCP)
-                frontend = maps.frontends.get(key)
-                if frontend is None:
-                    return None
-                return [
-                    each for _, each in maps.backends.items() if each.service == frontend.service
-                ]
-        except NotInstalled:
-            return None
+        return backends_of(self._pins, (self._question.address, self._question.port))
 
     def _of_backends(self, origin: Origin, backends: Sequence[BackendRecord]) -> list[Found]:
         """Dial each backend by itself: those that fail are gone."""
