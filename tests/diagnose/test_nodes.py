@@ -267,6 +267,18 @@ def test_the_header_of_the_incident() -> None:
 
 
 @pytest.mark.kernel
+def test_a_header_needs_root(sandbox: Sandbox) -> None:
+    sandbox.directory.chmod(0o755)
+    header = sandbox.directory / "bpf_features.h"
+    header.write_text("#define NO_HAVE_ARRAY_MAP_TYPE\n")
+    assert run("--diff", header)[0] == 1
+    nobody = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
+    done = sandbox.run(*nobody, str(SOCKHOP), "features", "--diff", str(header), check=False)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "answers to a bpf_features.h cannot be probed" in done.stderr
+
+
+@pytest.mark.kernel
 def test_a_vendors_kernel_beside_ours(sandbox: Sandbox) -> None:
     """The vendor of the incident added a field `pid` to struct sock."""
     status, told, _ = run("-o", "json")

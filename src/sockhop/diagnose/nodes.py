@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from sockhop.errors import InputError
+from sockhop.errors import InputError, SystemLackError
 from sockhop.kernel.bpf_header import macro_use, parse_macros, probe_macros
 from sockhop.kernel.btf_file import BtfFile, is_btf
 from sockhop.kernel.features import Feature
@@ -117,11 +117,20 @@ def _parse_report(text: str, path: Path) -> Node:
 
 
 def complete(here: Node, there: Node) -> Node:
-    """Return this node *here* with answers to the macros that *there* has."""
-    types = own_types() if there.macros and not here.macros else None
-    if types is None:
+    """Return this node *here* with answers to the macros that *there* has, if it has any.
+
+    SystemLackError where they cannot be probed.
+    """
+    if not there.macros or here.macros:
         return here
-    return msgspec.structs.replace(here, macros=probe_macros(there.macros, types))
+    types = own_types()
+    macros = probe_macros(there.macros, types) if types else {}
+    if not macros:
+        raise SystemLackError(
+            "this kernel's answers to a bpf_features.h cannot be probed",
+            hint="run as root; compare two such files with --diff FILE --diff FILE",
+        )
+    return msgspec.structs.replace(here, macros=macros)
 
 
 class _Kind(NamedTuple):

@@ -11,6 +11,7 @@ from functools import cache
 from sockhop.errors import InputError
 from sockhop.kernel._libbpf import ffi, lib
 from sockhop.kernel.btf_file import BtfFile
+from sockhop.kernel.host import missing_capabilities
 
 __all__ = ["macro_use", "parse_macros", "probe_macros"]
 
@@ -67,13 +68,16 @@ def parse_macros(text: str, source: str) -> dict[str, bool]:
 def probe_macros(names: Iterable[str], types: BtfFile) -> dict[str, bool]:
     """Return what the running kernel answers to *names*, those that libbpf can probe.
 
-    *types*: the running kernel's, for the numbers behind the names.
+    {} without the rights to probe. *types*: the running kernel's, for the numbers behind the names.
     """
+    lib.sockhop_log_reset()  # libbpf prints nothing from here on
+    # libbpf takes EPERM for a no.
+    if missing_capabilities(("CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON")) or not _has_maps():
+        return {}
     numbers: dict[str, int] = {}
     for enum in ("bpf_func_id", "bpf_map_type", "bpf_prog_type"):
         numbers |= types.enum(enum)
     found = {}
-    lib.sockhop_log_reset()  # libbpf prints nothing from here on
     for name in names:
         answer = _probe(name, numbers)
         if answer is not None:
@@ -104,10 +108,14 @@ def _probe(name: str, numbers: dict[str, int]) -> bool | None:
     return None if answer < 0 else answer > 0
 
 
+def _has_maps() -> bool:
+    return bool(lib.libbpf_probe_bpf_map_type(lib.BPF_MAP_TYPE_ARRAY, ffi.NULL) > 0)
+
+
 @cache
 def _has_programs(kind: int) -> bool:
     # libbpf's probe of a helper says yes where the kernel has no such programs at all.
-    return bool(lib.libbpf_probe_bpf_prog_type(kind, ffi.NULL) > 0)
+    return bool(lib.libbpf_probe_bpf_prog_type(kind, ffi.NULL) != 0)
 
 
 def macro_use(name: str) -> str:
