@@ -53,12 +53,15 @@ class Scene(NamedTuple):
 class Looker:
     """Looks at the sockets made in a cgroup, or below it. Use as a context manager."""
 
-    def __init__(self, listing: Listing, top: Path) -> None:
-        """*top*: the cgroup where the hooks are attached: others' sockets meet no policy."""
+    def __init__(self, listing: Listing, top: Path, namespaces: Namespaces | None = None) -> None:
+        """*top*: the cgroup where the hooks are attached: others' sockets meet no policy.
+
+        *namespaces*: of whoever is to enter those where sockets are found, who need not look anew.
+        """
         self._listing = listing
         self._top = top
         self._accepted = Accepted()
-        self._namespaces = Namespaces()
+        self._namespaces = namespaces or Namespaces()
 
     def close(self) -> None:
         """Unload the program that is used."""
@@ -100,7 +103,8 @@ class Looker:
     def dialled(self, sockets: Iterable[Socket]) -> set[int]:
         """Return the cookies of those of *sockets* that did not come out of accept()."""
         sockets = list(sockets)
-        places = self._namespaces.by_inode({each.netns for each in sockets})
+        tcp = {each.netns for each in sockets if each.protocol == socket.IPPROTO_TCP}
+        places = self._namespaces.by_inode(tcp) if tcp else []
         accepted: set[int] = set()
         listening: list[Socket] = []
         for place in places:

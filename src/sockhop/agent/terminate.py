@@ -285,7 +285,7 @@ def opened_terminator(
         Resteerer(pins) as resteerer,
         Sockets(pins) as sockets,
         Listing(pins) as listing,
-        Looker(listing, policies.top) as looker,
+        Looker(listing, policies.top, engine.namespaces) as looker,
     ):
         engine.prepare()
         orders = Orders(orders_path(api), pins)

@@ -48,14 +48,15 @@ class Method(Protocol):
 class Engine:
     """Ends sockets with the first of its methods; where the kernel refuses that, with the next.
 
-    `name` is the first method's; `failures` counts by method how often it had to be left.
+    `name` is the first method's; `failures` counts by method how often it had to be left;
+    `namespaces` remembers where it has found them.
     """
 
     def __init__(self, pins: Path, methods: Sequence[Method]) -> None:
         self.failures: Counter[str] = Counter()
         self._pins = pins
         self._methods = methods
-        self._namespaces = Namespaces()
+        self.namespaces = Namespaces()
 
     @property
     def name(self) -> str:
@@ -92,7 +93,7 @@ class Engine:
         with BalanceMaps(self._pins) as maps, ExitStack() as held:
             at_most = self._count(maps, wanted, None if namespaces is None else set(namespaces))
             known = maps.backends.get_many(pair.backend for pair in wanted)
-            places = self._namespaces.by_cookie(at_most)
+            places = self.namespaces.by_cookie(at_most)
             if lost := at_most.keys() - {place.cookie for place in places}:
                 hidden = self._sockets_of(wanted, lost)
                 places += self._through(hidden, held)
@@ -123,7 +124,7 @@ class Engine:
             else:
                 by_place.setdefault(each.netns, []).append(each)
         with ExitStack() as held:
-            places = self._namespaces.by_inode(by_place)
+            places = self.namespaces.by_inode(by_place)
             lost = by_place.keys() - {place.inode for place in places}
             places += self._through([s for number in lost for s in by_place[number]], held)
             for place in places:
@@ -145,7 +146,7 @@ class Engine:
             if number and (key.service, key.backend) in pairs:
                 counted[key.netns] = counted.get(key.netns, 0) + number
         if pairs and maps.totals.get(Total.LIVE_FULL):
-            counted |= {place.cookie: inf for place in self._namespaces.all()}
+            counted |= {place.cookie: inf for place in self.namespaces.all()}
         return {place: n for place, n in counted.items() if only is None or place in only}
 
     def _sockets_of(self, pairs: Set[Pair], cookies: Set[int]) -> list[Socket]:
