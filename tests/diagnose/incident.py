@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 from sockhop.diagnose.audit import Audit, audit
 from sockhop.diagnose.pairs import PairCheck, examine
-from sockhop.diagnose.visit import OpenMap, Visitor, open_sockmaps
+from sockhop.diagnose.visit import OpenMap, Visitor
 from sockhop.kernel import netns
 from sockhop.kernel._libbpf import ffi, lib
 from sockhop.kernel.maps import map_info
@@ -99,21 +99,13 @@ def _is_closed(of: socket.socket) -> bool:
 @contextlib.contextmanager
 def incident() -> Iterator[Incident]:
     """Run the body with sockets in a sockhash by tuple."""
-    with ExitStack() as stack:
-        before = {each.info.id for each in open_sockmaps(stack)}
     with (
         Stage(spliced=False) as stage,
-        vanilla(stage),
+        vanilla(stage) as fd,
         ExitStack() as stack,
         Visitor() as visitor,
     ):
-        maps = open_sockmaps(stack)
-        (found,) = (
-            each
-            for each in maps
-            if each.info.name == "vanilla_sockets" and each.info.id not in before
-        )
-        yield Incident(stage, visitor, found, stack)
+        yield Incident(stage, visitor, OpenMap(fd, map_info(fd)), stack)
 
 
 def new_map(stack: ExitStack, name: str, key_size: int, *, entries: int = 64) -> OpenMap:

@@ -27,7 +27,7 @@ from sockhop.model import pack_address
 from tests.diagnose.incident import Incident, incident, reset
 from tests.diagnose.invoke import sockhop
 from tests.diagnose.load import SERVER, Load, Server
-from tests.sandbox import Sandbox, compact, wait_until
+from tests.sandbox import Sandbox, wait_until
 from tests.splice.stage import Place, Stage
 
 pytestmark = pytest.mark.kernel
@@ -350,29 +350,22 @@ def _connection(to: tuple[str, int], port: int) -> tuple[socket.socket, socket.s
         return client, listener.accept()[0]
 
 
-def test_no_backend_and_one_that_is_gone(sandbox: Sandbox) -> None:
-    text = compact(
-        none={"frontends": ["10.96.0.1:80/tcp"], "backends": []},
-        gone={"frontends": ["10.96.0.1:81/tcp"], "backends": ["10.96.0.1:9"]},
-    )
-    address = pack_address("10.96.0.1")
+def test_no_backend_one_that_is_gone_and_a_policy(sandbox: Sandbox) -> None:
+    services = [
+        {"name": "none", "frontends": ["10.96.0.1:80/tcp"], "backends": []},
+        {"name": "gone", "frontends": ["10.96.0.1:81/tcp"], "backends": ["10.96.0.1:9"]},
+    ]
+    policy = {"name": "no", "deny": [{"cidr": "127.0.9.0/24"}]}
+    text = json.dumps({"version": 1, "services": services, "policies": [policy]})
     with sandbox.agent(sandbox.manifest(text)):
-        none, gone = (
-            diagnose(Question(address, port), [Origin("here", None)], sandbox.pins)
-            for port in (80, 81)
+        none, gone, denied = (
+            diagnose(Question(pack_address(to), port), [Origin("here", None)], sandbox.pins)
+            for to, port in (("10.96.0.1", 80), ("10.96.0.1", 81), ("127.0.9.1", 80))
         )
     assert causes(none) == [Cause.NO_BACKEND]
     assert causes(gone) == [Cause.BACKEND_GONE]
     assert "the backend 10.96.0.1:9, dialled by itself: refused" in because(gone)
-
-
-def test_policy_denial(sandbox: Sandbox) -> None:
-    policy = {"name": "no", "deny": [{"cidr": "127.0.9.0/24"}]}
-    text = json.dumps({"version": 1, "services": [], "policies": [policy]})
-    with sandbox.agent(sandbox.manifest(text)):
-        question = Question(pack_address("127.0.9.1"), 80, count=2)
-        found = diagnose(question, [Origin("here", None)], sandbox.pins)
-    assert causes(found) == [Cause.DENIED]
+    assert causes(denied) == [Cause.DENIED]
 
 
 def test_the_command(stage: Stage) -> None:

@@ -12,8 +12,8 @@ __all__ = ["vanilla"]
 
 
 @contextmanager
-def vanilla(stage: Stage) -> Iterator[None]:
-    """Run the body with the stage's sockets in a sockhash by tuple."""
+def vanilla(stage: Stage) -> Iterator[int]:
+    """Run the body with the stage's sockets in a sockhash by tuple; it gets its descriptor."""
     with (
         BpfObject(object_path("vanilla")) as programs,
         open_cgroup(stage.sandbox.cgroup) as cgroup,
@@ -23,7 +23,7 @@ def vanilla(stage: Stage) -> Iterator[None]:
         assert lib.bpf_prog_attach(message, sockets, lib.BPF_SK_MSG_VERDICT, 0) == 0
         assert lib.bpf_prog_attach(pair, cgroup, AttachType.SOCK_OPS, 0) == 0
         try:
-            yield
+            yield sockets
         finally:
             lib.bpf_prog_detach2(pair, cgroup, AttachType.SOCK_OPS)
             lib.bpf_prog_detach2(message, sockets, lib.BPF_SK_MSG_VERDICT)
