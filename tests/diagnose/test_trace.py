@@ -11,20 +11,22 @@ from typing import NamedTuple
 
 import pytest
 
-from sockhop.datapath.tracing import Means, Tracer
+from sockhop.datapath.sockets import TCP_STATES
+from sockhop.datapath.tracing import Means, TraceKind, Tracer, TraceRecord
 from sockhop.diagnose.callpaths import Moment, Side, Verdict, compare, connections
 from sockhop.diagnose.trace import Trace, trace
 from sockhop.kernel import netns
 from sockhop.kernel.symbols import Symbols
 from sockhop.model import pack_address
 from tests.diagnose.incident import incident
-from tests.sandbox import SOCKHOP, Sandbox, compact
+from tests.sandbox import SOCKHOP, Sandbox, compact, wait_until
 from tests.splice.stage import Place, Stage
 
 pytestmark = pytest.mark.kernel
 
 ENOUGH = 60.0
 """Seconds for the slowest machine; a trace ends when what it traces does."""
+LAST_ACK = (TraceKind.STATE, TCP_STATES.index("LAST-ACK") + 1)
 
 
 class Server:
@@ -60,9 +62,9 @@ class Trouble(NamedTuple):
     taken: int
 
     def ask(self, port: int = 0) -> None:
-        """Send a request from *port*; wait half a second for its answer."""
+        """Send a request from *port*, and wait for its answer; not long where there is none."""
         with self.stage.client(self.place, port) as client:
-            client.settimeout(0.5)
+            client.settimeout(0.5 if port == self.taken else ENOUGH)
             client.connect((self.place.target, self.port))
             client.sendall(b"GET / HTTP/1.1\r\n\r\n")
             with suppress(TimeoutError):
@@ -162,7 +164,15 @@ def test_answered_requests_do_not_differ() -> None:
             tracer.start()
             for _ in range(10):
                 at.ask()
-            found = connections(tracer.records(), target)
+            records: list[TraceRecord] = []
+
+            def closed() -> bool:
+                records.extend(tracer.records())
+                ends = [each for each in records if (each.kind, each.value) == LAST_ACK]
+                return len({each.remote_port for each in ends}) == 10
+
+            wait_until(closed, "the server's close of each")
+            found = connections(records, target)
             symbols = Symbols()
     assert [each.verdict for each in found] == [Verdict.ANSWERED] * 10
     assert all(len(each.ends) == 2 for each in found)
@@ -198,7 +208,8 @@ def test_the_command() -> None:
             (settings / "ip_local_port_range").write_text(f"{at.taken} {at.taken + 3}")
             (settings / "tcp_tw_reuse").write_text("0")
         from_far = ("--from", str(at.stage.other))
-        found = run(at, "--http", "/health", *from_far, "--count", "4", "--for", f"{ENOUGH}s")
+        patience = ("--timeout", "2s", "--for", f"{ENOUGH}s")
+        found = run(at, "--http", "/health", *from_far, "--count", "4", *patience)
         nothing = run(at, "--for", "100ms", "-o", "json")
     print(found.stdout, found.stderr)
     assert found.returncode == 1
