@@ -53,7 +53,7 @@ def pins(sandbox: Sandbox) -> Iterator[Path]:
         remove_pins(sandbox.pins)
 
 
-HANG = Advisory("CVE-0000-1", "a made-up hang", "1.0", (), "splice", "hang")
+HANG = Advisory("CVE-0000-1", "a made-up hang", ("1.0",), (), "splice", "hang")
 RACE = HANG._replace(name="CVE-0000-2", effect="race")
 
 
