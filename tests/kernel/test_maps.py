@@ -163,3 +163,13 @@ def test_the_slot_key_is_what_a_slot_repeats() -> None:
     assert LAYOUTS.codec(SlotKey, "slot_key").size == next(
         int(member.code[:-1]) for member in LAYOUTS.members("slot") if member.name == "key"
     )
+
+
+def test_what_an_older_kernel_lacks_is_named(tmp_path: Path) -> None:
+    """Helpers as an older kernel would see them: those of a number that this one does not know."""
+    path = mutant(
+        tmp_path, "netns", ("bpf_get_netns_cookie(sk)", "((__u64(*)(void *))999999)(sk)")
+    )  # fmt: skip
+    with pytest.raises(SystemLackError) as caught:
+        BpfObject(path)
+    assert "loading netns.bpf.o: the kernel lacks the helper" in caught.value.message

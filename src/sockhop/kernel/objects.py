@@ -235,10 +235,15 @@ def _load_error(path: Path, pins: Path | None, number: int) -> SystemLackError:
         )
     if number == errno.EPERM and "verifier" not in log and "PROG LOAD LOG" not in log:
         return KernelError(f"loading {path.name}", number)
+    doing = f"loading {path.name}" + (f" with the pins in {pins}" if pins else "")
+    if lacks := _lacking(log):
+        doing += f": the kernel lacks {lacks}"
+    return KernelError(doing, number, hint=f"libbpf and the verifier said:\n{log}")
+
+
+def _lacking(log: str) -> str:
+    """What the verifier of an older kernel says about what it does not know; "" for else."""
+    if _UNKNOWN_ATOMIC in log:
+        return "atomic instructions that fetch (Linux 5.12)"
     helper = re.search(r"(?:invalid|unknown) func (\S+)|this type cannot use helper (\S+)", log)
-    lacks = f"the kernel lacks the helper {helper[1] or helper[2]}" if helper else ""
-    return KernelError(
-        f"loading {path.name}" + (f" with the pins in {pins}" if pins else ""),
-        number,
-        hint=f"{lacks or 'libbpf and the verifier said'}:\n{log}",
-    )
+    return f"the helper {helper[1] or helper[2]} here" if helper else ""
