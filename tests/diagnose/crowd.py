@@ -14,6 +14,7 @@ import select
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from sockhop.kernel.maps import open_map
 __all__ = ["crowd", "held_under_own_key"]
 
 _REPLACED = 0.2
+_PAUSE = 0.001
+"""Seconds between two uses: else the crowd takes a CPU for itself."""
 
 
 def held_under_own_key(fd: int, of: socket.socket) -> bool:
@@ -81,6 +84,7 @@ def _main(number: int, count: int) -> None:
             at = chosen.randrange(count)
             faults += all_of_them[at].use()
             uses += 1
+            time.sleep(_PAUSE)
             if chosen.random() < _REPLACED:
                 all_of_them[at].close(reset=chosen.random() < _REPLACED)
                 all_of_them[at] = _Connection(fd, listener)
