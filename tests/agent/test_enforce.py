@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -97,6 +98,21 @@ def test_that_takes_less_than_a_second(sandbox: Sandbox) -> None:
                 wait_until(lambda: not verdict("127.0.9.1"), "no policy")
     print("milliseconds:", *(round(seconds * 1e3) for seconds in took))
     assert max(took) < 1, took
+
+
+def test_in_a_namespace_that_only_a_descriptor_holds(sandbox: Sandbox) -> None:
+    """The first look passes over it, the next one does not."""
+    path = sandbox.manifest(manifest())
+    with sandbox.agent(path), contextlib.ExitStack() as stack:
+        with Sandbox() as other:
+            held = os.open(other.netns, os.O_RDONLY)
+            stack.callback(os.close, held)
+            with joined(text(sandbox.cgroup)):
+                client = stack.enter_context(connected_udp("127.0.9.1"))
+        began = time.monotonic()
+        publish(path, manifest(deny("127.0.9.0/24")))
+        assert wait_until(lambda: error_of(client), "an ended socket") == errno.ECONNABORTED
+        print("milliseconds:", round((time.monotonic() - began) * 1e3))
 
 
 def test_who_was_denied_when_the_agent_was_away(sandbox: Sandbox) -> None:

@@ -133,7 +133,8 @@ class Enforcer:
             deny((), self._change)
             return
         frontends = {(key.address, key.port) for key in redirected}
-        scene = self._looker.look(table, frontends, balanced=redirects)
+        # The first look is for nearly all, at once; the next one follows at once for the others.
+        scene = self._looker.look(table, frontends, balanced=redirects, quick=self._looks == 0)
         if self._looks == 0 and scene.unknown:
             _LOG.info("sockets left, since nobody knows their cgroup: %d", scene.unknown)
         found = forbidden(scene, table)

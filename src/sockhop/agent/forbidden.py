@@ -74,14 +74,20 @@ class Looker:
         self.close()
 
     def look(
-        self, table: PolicyTable, frontends: Collection[tuple[bytes, int]], *, balanced: bool
+        self,
+        table: PolicyTable,
+        frontends: Collection[tuple[bytes, int]],
+        *,
+        balanced: bool,
+        quick: bool = False,
     ) -> Scene:
         """Return the sockets that can be ended, see Socket.reason_to_leave, of those connected.
 
         Only those to where *table* denies something to somebody, or to one of *frontends*; and with
-        *balanced* those that are.
+        *balanced* those that are. *quick*: in the namespaces that are found at once, see
+        Namespaces.all().
         """
-        spaces = {each.inode: each for each in self._namespaces.all()}
+        spaces = {each.inode: each for each in self._namespaces.all(quick=quick)}
         code = _code(table, frontends)
         found: dict[int, Socket] = {}
         for space in spaces.values() if code is not None else ():

@@ -2,10 +2,10 @@
 
 import os
 import socket
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from sockhop.errors import InputError, SockhopError
 from sockhop.kernel import netns
@@ -13,6 +13,8 @@ from sockhop.kernel.mounts import mounts
 from sockhop.kernel.syscall import KernelError
 
 __all__ = ["Namespace", "NamespaceGone", "Namespaces", "entered", "mounted_names", "namespace_of"]
+
+_Places: TypeAlias = Callable[[], Iterator[str]]
 
 _PROC = "/proc"
 _NAMED = Path("/run/netns")
@@ -65,9 +67,13 @@ class Namespaces:
         self.closed: set[int] = set()
         """Inodes of those that were found the last time, but may not be entered."""
 
-    def all(self) -> list[Namespace]:
-        """Return all namespaces that are there now."""
-        self._look(lambda: False)
+    def all(self, *, quick: bool = False) -> list[Namespace]:
+        """Return all namespaces that are there now.
+
+        *quick*: but those that nothing but a descriptor holds. To find these all descriptors of the
+        node are looked at, which takes some microseconds for each.
+        """
+        self._look(lambda: False, _PLACES[:-1] if quick else _PLACES)
         return list(self._known.values())
 
     def by_inode(self, wanted: Collection[int]) -> list[Namespace]:
@@ -86,10 +92,10 @@ class Namespaces:
             self._look(lambda: len(found()) == len(wanted))
         return found()
 
-    def _look(self, enough: Callable[[], bool]) -> None:
+    def _look(self, enough: Callable[[], bool], kinds: Sequence[_Places] = ()) -> None:
         """Look in one kind of place after the other, the quickest first, until it is enough."""
         self._known, self.closed = {}, set()
-        for places in (_of_threads, _mounted, _held):
+        for places in kinds or _PLACES:
             for path in places():
                 self._note(path)
             if enough():
@@ -170,3 +176,7 @@ def _held() -> Iterator[str]:
                     # at: stat() of a file may wait for a server.
                     if (target := os.readlink(entry)) == "/" or target.startswith("net:["):
                         yield entry
+
+
+_PLACES: tuple[_Places, ...] = (_of_threads, _mounted, _held)
+"""The quickest first."""
