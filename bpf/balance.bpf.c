@@ -38,9 +38,10 @@ static __always_inline enum verdict balance(struct bpf_sock_addr *ctx, struct fr
 					    struct frontend *frontend, struct choice *choice)
 {
 	const struct move *move = setting(SETTING_MOVING) ? this_move(ctx) : 0;
+	int verdict = move ? sockhop_looks(ctx) : PASS;
 
-	if (move && !is_still_there(ctx, move))
-		return TOO_LATE;
+	if (verdict != PASS)
+		return verdict == PUT_BACK ? PUT_BACK : TOO_LATE;
 	/* A balanced socket that goes elsewhere is seen by its peer, which is not its backend. */
 	if (!find_for(ctx, key, frontend))
 		return PASS;
@@ -53,8 +54,8 @@ static __always_inline enum verdict balance(struct bpf_sock_addr *ctx, struct fr
 }
 
 /* Remembers where the socket goes, and why. */
-static __always_inline int let_go(struct bpf_sock_addr *ctx, const struct frontend_key *key,
-				  const struct frontend *frontend, const struct choice *choice)
+static __always_inline void let_go(struct bpf_sock_addr *ctx, const struct frontend_key *key,
+				   const struct frontend *frontend, const struct choice *choice)
 {
 	struct provenance fresh = {}, *old;
 
@@ -79,7 +80,6 @@ static __always_inline int let_go(struct bpf_sock_addr *ctx, const struct fronte
 		remember(ctx, &fresh);
 	}
 	counted(frontend, BALANCED);
-	return ALLOW;
 }
 
 /* The key of what the hook's caller dials, sends to, or binds to. */
@@ -110,6 +110,27 @@ static __always_inline void rewrite6(struct bpf_sock_addr *ctx, const __be32 *ad
 	ctx->user_port = bpf_htons(port);
 }
 
+/* The last that happens to a connect() while sockets are moved: see move.h. */
+__noinline int sockhop_lets_through4(struct bpf_sock_addr *ctx)
+{
+	struct watch *watch = watch_on(ctx);
+	struct frontend_key to = KEY4(ctx);
+
+	if (watch && let_through(ctx, watch, &to))
+		rewrite4(ctx, watch->address, watch->port);
+	return ALLOW;
+}
+
+__noinline int sockhop_lets_through6(struct bpf_sock_addr *ctx)
+{
+	struct watch *watch = watch_on(ctx);
+	struct frontend_key to = KEY6(ctx);
+
+	if (watch && let_through(ctx, watch, &to))
+		rewrite6(ctx, watch->address, watch->port);
+	return ALLOW;
+}
+
 SEC("cgroup/connect4")
 int sockhop_connect4(struct bpf_sock_addr *ctx)
 {
@@ -128,10 +149,16 @@ int sockhop_connect4(struct bpf_sock_addr *ctx)
 		rewrite4(ctx, choice.slot.address, choice.slot.port);
 		if (is_denied_connect4(ctx))
 			return REJECT;
-		return let_go(ctx, &key, &frontend, &choice);
-	default:
-		return is_denied_connect4(ctx) ? REJECT : ALLOW;
+		let_go(ctx, &key, &frontend, &choice);
+		break;
+	case PASS:
+		if (is_denied_connect4(ctx))
+			return REJECT;
+		break;
+	case PUT_BACK:
+		break;
 	}
+	return setting(SETTING_MOVING) ? sockhop_lets_through4(ctx) : ALLOW;
 }
 
 SEC("cgroup/connect6")
@@ -152,10 +179,16 @@ int sockhop_connect6(struct bpf_sock_addr *ctx)
 		rewrite6(ctx, choice.slot.address, choice.slot.port);
 		if (is_denied_connect6(ctx))
 			return REJECT;
-		return let_go(ctx, &key, &frontend, &choice);
-	default:
-		return is_denied_connect6(ctx) ? REJECT : ALLOW;
+		let_go(ctx, &key, &frontend, &choice);
+		break;
+	case PASS:
+		if (is_denied_connect6(ctx))
+			return REJECT;
+		break;
+	case PUT_BACK:
+		break;
 	}
+	return setting(SETTING_MOVING) ? sockhop_lets_through6(ctx) : ALLOW;
 }
 
 /* --- sendmsg on an unconnected UDP socket --------------------------------------------------- */

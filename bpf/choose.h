@@ -311,6 +311,7 @@ enum verdict {
 	NO_BACKEND,
 	BALANCED,
 	TOO_LATE, /* to move the socket */
+	PUT_BACK, /* the socket that was moved: to where its program has connected it meanwhile */
 };
 
 static __always_inline enum verdict counted(const struct frontend *frontend, enum verdict verdict)

@@ -54,7 +54,7 @@ int sockhop_owners(struct bpf_iter__task_file *ctx)
 	out.pid = number_of(leader);
 	out.thread = number_of(task);
 	out.fd = ctx->fd;
-	out.reader = bpf_get_current_pid_tgid() >> 32;
+	out.reader = bpf_get_current_pid_tgid();
 	out.userlocks = BPF_CORE_READ_BITFIELD_PROBED(sk, sk_userlocks);
 	BPF_CORE_READ_STR_INTO(&out.command, leader, comm);
 	bpf_seq_write(ctx->meta->seq, &out, sizeof(out));

@@ -350,9 +350,20 @@ struct pair {
 struct move {
 	__be32 peer_address[4];
 	__u64 since; /* of its provenance; 0 without one */
-	__u32 mover; /* the process, as the first namespace of process ids numbers it */
+	__u32 mover; /* the thread, as the first namespace of process ids numbers it */
 	__u32 backend; /* the only one that will do; 0: whichever is chosen */
 	__u16 peer_port;
+	__u8 pad[6];
+};
+
+/* What the program of a socket (the key is its cookie) does while somebody else is about to connect
+ * the socket. Written with the socket locked.
+ */
+struct watch {
+	__be32 address[4]; /* where a hook has sent it to, the last time */
+	__u32 dials; /* how often it has */
+	__u32 through; /* dials + 1 when a hook last let the mover through; 0: not yet */
+	__u16 port;
 	__u8 pad[6];
 };
 
@@ -362,7 +373,7 @@ struct owner_record {
 	__u32 pid;
 	__u32 thread; /* it has descriptors of its own where it is not the pid */
 	__u32 fd;
-	__u32 reader; /* the reader's id in the first namespace of process ids */
+	__u32 reader; /* the reading thread's id in the first namespace of process ids */
 	__u8 userlocks; /* enum owner_lock */
 	__u8 pad[7];
 	char command[16];

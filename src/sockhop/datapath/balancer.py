@@ -41,6 +41,7 @@ from sockhop.datapath.records import (
     SlotRecord,
     TableBlock,
     Total,
+    Watch,
 )
 from sockhop.kernel.btf import Codec, Layouts
 from sockhop.kernel.cgroups import AttachType
@@ -133,6 +134,7 @@ class BalanceMaps:
             self.loads = self._open("loads", U32, U64)
             self.live = self._open("live", layouts.codec(LiveKey, "live_key"), U64)
             self.moves = self._open("moves", U64, layouts.codec(Move, "move"))
+            self.watched = self._open("watched", U64, layouts.codec(Watch, "watch"))
         except BaseException:
             self.close()
             raise

@@ -11,16 +11,18 @@ from sockhop.datapath.balancer import BalanceMaps
 from sockhop.datapath.candidates import Candidate, Fitting, Traits, active_backends
 from sockhop.datapath.memory import SocketMemory
 from sockhop.datapath.outcome import Action
-from sockhop.datapath.records import FrontendKey, Move, Provenance
+from sockhop.datapath.records import FrontendKey, Move, Provenance, Watch
 from sockhop.datapath.sockets import Socket
 from sockhop.kernel.cgroups import cgroups_above
 from sockhop.kernel.netns import socket_netns_cookie
+from sockhop.kernel.syscall import disconnect
 from sockhop.model import endpoint, pack_address, unpack_address
 
 __all__ = ["Kept", "Mover", "Obstacle"]
 
 _SO_COOKIE = 57
 _ATTEMPTS = 3
+_TIMES_BACK = 100
 _End: TypeAlias = tuple[bytes, int]
 
 
@@ -46,6 +48,8 @@ class Obstacle(StrEnum):
     """Every other backend would need another source address than it has."""
     CONNECT = "connect"
     """The kernel does not connect it: no route, a policy."""
+    NOT_PUT_BACK = "not_put_back"
+    """The program connected it in the very moment of the move, and it cannot be put back there."""
     NOT_BALANCED = "not_balanced"
     """It is connected, but no hook of ours has balanced it."""
     UNMANAGED = "unmanaged"
@@ -80,11 +84,12 @@ class Kept(Exception):
 class _Seen(NamedTuple):
     """A socket as it is now. `dialled`: what it is connected to again, a frontend or not.
 
-    `backend`: the id of the one that it is with, 0 if it is with none.
+    `backend`: the id of the one that it is with, 0 if it is with none. `port`: its local one.
     """
 
     target: Socket
     own: socket.socket
+    port: int
     since: int
     backend: int
     dialled: _End
@@ -101,17 +106,17 @@ class Mover:
         memory: SocketMemory,
         fitting: Fitting,
         *,
-        pid: int,
+        thread: int,
         direct: bool,
         dry: bool,
     ) -> None:
-        """*pid*: of this process in the first namespace of process ids.
+        """*thread*: the id of this one in the first namespace of process ids.
 
         *direct*: a socket goes to what it dialled even if that is no frontend any more. *dry*:
         move() does everything but connect the socket.
         """
         self._maps, self._memory, self._fitting = maps, memory, fitting
-        self._pid, self._direct, self._dry = pid, direct, dry
+        self._thread, self._direct, self._dry = thread, direct, dry
         self._read: dict[tuple[_End, int, int], list[Candidate] | None] = {}
 
     def move(self, target: Socket, own: socket.socket, *, bound: bool) -> str:
@@ -130,7 +135,8 @@ class Mover:
                 self._connect(seen, 0 if free else _by_weight(fits).backend)
             except OSError as error:
                 # The hook's answer where the backend that was chosen has just gone.
-                if error.errno != errno.EHOSTUNREACH or attempt == _ATTEMPTS - 1:
+                again = error.errno == errno.EHOSTUNREACH and not self._watch(seen).through
+                if not again or attempt == _ATTEMPTS - 1:
                     raise self._refusal(seen, error) from None
                 self._read.clear()
             else:
@@ -153,7 +159,8 @@ class Mover:
         if active is None and not self._direct:
             raise Kept(Obstacle.NO_SERVICE, f"{endpoint_of(dialled)} is no frontend any more")
         traits = Traits.of(own, netns=target.netns, local=target.local_address, bound=bound)
-        return _Seen(target, own, _since(origin), backend, dialled, active, traits)
+        port = own.getsockname()[1]
+        return _Seen(target, own, port, _since(origin), backend, dialled, active, traits)
 
     def _active(self, dialled: _End, netns_cookie: int, cgroup: int) -> list[Candidate] | None:
         """Return the active backends of a frontend, None where there is none; read once."""
@@ -187,23 +194,79 @@ class Mover:
 
     def _connect(self, seen: _Seen, backend: int) -> None:
         target = seen.target
-        moves, peer = self._maps.moves, (target.remote_address, target.remote_port)
-        moves.set(target.cookie, Move(peer[0], seen.since, self._pid, backend, peer[1]))
         try:
-            seen.own.connect(_sockaddr(seen.own, seen.dialled))
+            self._dial(seen, (target.remote_address, target.remote_port), backend)
+            self._give_way(seen)
         finally:
-            moves.delete(target.cookie)
+            self._maps.moves.delete(target.cookie)
+
+    def _dial(self, seen: _Seen, peer: _End | None, backend: int = 0) -> None:
+        """Connect it, if *peer* is its peer until then; a second time: to where its program did."""
+        address, port = peer or (bytes(16), 0)
+        move = Move(address, seen.since, self._thread, backend, port)
+        self._maps.moves.set(seen.target.cookie, move)
+        seen.own.connect(_sockaddr(seen.own, seen.dialled))
+
+    def _watch(self, seen: _Seen) -> Watch:
+        """What its program has done with it since the hooks watch it."""
+        return self._maps.watched.get(seen.target.cookie) or Watch()
+
+    def _give_way(self, seen: _Seen) -> None:
+        """Undo the move if its program has connected or disconnected it while we connected it.
+
+        What it dialled is noted, see bpf/move.h. No hook runs where it disconnects, but the local
+        port goes with the peer if the kernel had chosen it (__udp_disconnect()).
+        """
+        port, left, said = seen.port, False, "its program connects it again and again"
+        for _ in range(_TIMES_BACK):
+            watch, now = self._watch(seen), seen.own.getsockname()[1]
+            # 0: no hook has run, they are gone or in bypass.
+            dialled = watch.through not in (0, watch.dials + 1)
+            if not dialled and now == port:
+                break
+            peer = self._peer(seen)
+            if dialled and peer != (watch.address, watch.port) and (peer or left):
+                port = now
+                try:
+                    self._dial(seen, peer)
+                except OSError as error:
+                    # The hook's answer where its program has done something again.
+                    if error.errno not in (errno.ECANCELED, errno.EPERM):
+                        raise self._not_put_back(seen, _says(error)) from None
+                    said = _says(error)
+            elif not dialled and peer and port:
+                disconnect(seen.own)
+                port, left = 0, True
+            else:
+                break
+        else:
+            raise self._not_put_back(seen, said)
+        if watch.dials:
+            raise Kept(Obstacle.ELSEWHERE, "its program has connected it elsewhere")
+        if left or now != port:
+            raise Kept(Obstacle.ELSEWHERE, "its program has disconnected it")
+
+    def _not_put_back(self, seen: _Seen, said: str) -> Kept:
+        reason = f"its program has connected it meanwhile; again, {said}"
+        return Kept(Obstacle.NOT_PUT_BACK, reason, peer=self._peer(seen))
+
+    def _peer(self, seen: _Seen) -> _End | None:
+        """What it is really connected to; getpeername() gives the frontend instead of a backend."""
+        name, origin = _peer_name(seen.own), self._recall(seen.target, seen.own)
+        if origin and name == (origin.frontend_address, origin.frontend_port):
+            return origin.backend_address, origin.backend_port
+        return name
 
     def _refusal(self, seen: _Seen, error: OSError) -> Kept:
         # Before Linux 5.18 a hook can only say EPERM.
         elsewhere = error.errno == errno.EPERM and self._has_connected(seen)
         if error.errno == errno.ECANCELED or elsewhere:
             return Kept(Obstacle.ELSEWHERE, "its program has connected it elsewhere")
-        name = errno.errorcode.get(error.errno or 0, "")
-        return Kept(Obstacle.CONNECT, f"connect() says {error.strerror} ({name})")
+        return Kept(Obstacle.CONNECT, _says(error))
 
     def _has_connected(self, seen: _Seen) -> bool:
-        return _since(self._recall(seen.target, seen.own)) != seen.since
+        since = _since(self._recall(seen.target, seen.own))
+        return since != seen.since or bool(self._watch(seen).dials)
 
     def _recall(self, target: Socket, own: socket.socket) -> Provenance | None:
         return self._memory.provenance(own) or self._memory.provenance_by_cookie(target.cookie)
@@ -245,6 +308,11 @@ def _there(candidates: list[Candidate]) -> str:
     if len(candidates) > 1:
         return f"to one of {len(candidates)} backends"
     return f"to {endpoint_of(candidates[0][1:3])}"
+
+
+def _says(error: OSError) -> str:
+    name = errno.errorcode.get(error.errno or 0, "")
+    return f"connect() says {error.strerror} ({name})"
 
 
 def _is_same(own: socket.socket, target: Socket) -> bool:

@@ -1,6 +1,7 @@
 """Which processes have a descriptor of a socket, by the socket's cookie."""
 
 import os
+import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -38,9 +39,8 @@ class Owners:
         self._object = BpfObject(object_path("owners"))
         self._records = self._object.layouts.codec(OwnerRecord, "owner_record")
         self._wanted = Map(os.dup(self._object.map_fd("wanted")), U64, U32)
-        self.reader = os.getpid()
-        """This process' id in the first namespace of process ids, from the first find on that
-        finds something."""
+        self.reader = threading.get_native_id()
+        """What the first namespace of process ids calls the thread that last found something."""
 
     def close(self) -> None:
         """Unload the program."""

@@ -39,6 +39,7 @@ __all__ = [
     "SocketRecord",
     "TableBlock",
     "Total",
+    "Watch",
     "word",
     "word_algorithm",
     "word_count",
@@ -264,13 +265,26 @@ class OverflowPeer(NamedTuple):
 
 
 class Move(NamedTuple):
-    """That the process `mover` is about to connect a socket; `backend` 0 for any."""
+    """That the thread `mover` is about to connect a socket; `backend` 0 for any."""
 
     peer_address: bytes
     since: int
     mover: int
     backend: int
     peer_port: int
+
+
+class Watch(NamedTuple):
+    """What the program of a socket has done while somebody else was about to connect it.
+
+    `dials` counts how often it has connected it, the latest to `address` and `port`; `through` is
+    dials + 1 at the time when a hook last let the mover through, 0 before.
+    """
+
+    address: bytes = bytes(16)
+    dials: int = 0
+    through: int = 0
+    port: int = 0
 
 
 class OwnerRecord(NamedTuple):

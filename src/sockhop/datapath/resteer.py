@@ -5,8 +5,8 @@ chooses. The program keeps descriptor, local port and options, and its next send
 """
 
 import errno
-import os
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from sockhop.datapath.memory import SocketMemory
 from sockhop.datapath.moving import Kept, Mover, Obstacle
 from sockhop.datapath.outcome import Action, Outcome
 from sockhop.datapath.owners import Owner, Owners
-from sockhop.datapath.records import Setting
+from sockhop.datapath.records import Setting, Watch
 from sockhop.datapath.sockets import Socket
 from sockhop.errors import SystemLackError
 from sockhop.kernel.bpffs import one_at_a_time
@@ -55,7 +55,7 @@ class Resteerer:
             self._maps = stack.enter_context(BalanceMaps(pins))
             self._memory = stack.enter_context(SocketMemory(pins))
             self._owners = _load_owners(stack)
-            with self._watched():
+            with self.watched(()):
                 pass  # if one was killed while it moved sockets, the hooks still look
             self._stack = stack.pop_all()
 
@@ -91,37 +91,62 @@ class Resteerer:
         if self._maps.setting(Setting.BYPASS):
             kept = dict.fromkeys(wanted, Kept(Obstacle.BYPASS, "bypass is on"))
         else:
-            owners = self._find_owners(list(wanted.values()))
-            with self._mover(direct=direct, dry=dry) as mover:
-                for cookie, target in wanted.items():
-                    try:
-                        done[cookie] = _move(mover, target, owners.get(cookie, []))
-                    except Kept as reason:
-                        kept[cookie] = reason
+            every, size = list(wanted.values()), self._maps.watched.max_entries
+            for first in range(0, len(every), size):
+                batch = every[first : first + size]
+                with nullcontext() if dry else self.watched(each.cookie for each in batch):
+                    self._move_all(batch, done, kept, direct=direct, dry=dry)
         if not dry:
             self.obstacles[Obstacle.NONE] += len(done)
             self.obstacles.update(reason.obstacle for reason in kept.values())
         return _outcomes(wanted, done, kept, sever)
 
-    @contextmanager
-    def _mover(self, *, direct: bool, dry: bool) -> Iterator[Mover]:
-        pid = self._owners.reader if self._owners else os.getpid()
-        with nullcontext() if dry else self._watched(), Fitting() as fitting:
-            yield Mover(self._maps, self._memory, fitting, pid=pid, direct=direct, dry=dry)
+    def _move_all(
+        self,
+        batch: Sequence[Socket],
+        done: dict[int, str],
+        kept: dict[int, Kept],
+        *,
+        direct: bool,
+        dry: bool,
+    ) -> None:
+        owners = self.find_owners(batch)
+        with self.mover(direct=direct, dry=dry) as mover:
+            for each in batch:
+                try:
+                    done[each.cookie] = _move(mover, each, owners.get(each.cookie, []))
+                except Kept as reason:
+                    kept[each.cookie] = reason
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """While the body runs, the hooks look who connects a socket, see bpf/move.h."""
-        settings, moves = self._maps.settings, self._maps.moves
+    def mover(self, *, direct: bool = False, dry: bool = False) -> Iterator[Mover]:
+        """Yield what moves sockets that are :meth:`watched`, after :meth:`find_owners` has run in
+        this thread: that tells the thread its own number."""
+        thread = self._owners.reader if self._owners else threading.get_native_id()
+        with Fitting() as fitting:
+            yield Mover(self._maps, self._memory, fitting, thread=thread, direct=direct, dry=dry)
+
+    @contextmanager
+    def watched(self, cookies: Iterable[int]) -> Iterator[None]:
+        """While the body runs, the hooks look who connects these sockets, see bpf/move.h.
+
+        It is to begin well before they are connected: a program's connect() whose hook has run
+        before, and that connects only then, is noticed only if it went to a frontend.
+        """
+        settings, moves, watched = self._maps.settings, self._maps.moves, self._maps.watched
         with one_at_a_time(self._directory):
-            moves.delete_many(moves.keys())  # of one that was killed
+            for entries in (moves, watched):
+                entries.delete_many(entries.keys())  # of one that was killed
+            watched.update_many((cookie, Watch()) for cookie in cookies)
             settings.set(Setting.MOVING, 1)
             try:
                 yield
             finally:
                 settings.set(Setting.MOVING, 0)
+                watched.delete_many(watched.keys())
 
-    def _find_owners(self, targets: Sequence[Socket]) -> dict[int, list[Owner]]:
+    def find_owners(self, targets: Sequence[Socket]) -> dict[int, list[Owner]]:
+        """Return the processes that have a descriptor, by the sockets' cookies."""
         found = self._look_for(targets)
         if missing := [each for each in targets if each.cookie not in found]:
             time.sleep(_SECOND_LOOK)

@@ -1,7 +1,6 @@
 """Sockets of other programs that go from one backend to another."""
 
 import errno
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,32 +8,13 @@ import pytest
 from sockhop.datapath.moving import Mover
 from sockhop.datapath.records import Setting
 from sockhop.model import unpack_address
-from tests.datapath.moves import MOVED, Stage, ask, at, what
 from tests.datapath.programs import Program
 from tests.datapath.udp import FORMS, Echoes, both
+from tests.resteer.stage import MOVED, Stage, ask, at, what
 
 pytestmark = pytest.mark.kernel
 
 forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-
-
-@pytest.fixture(scope="module")
-def node() -> Iterator[Stage]:
-    with Stage() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def echoes(node: Stage) -> Iterator[Echoes]:
-    with Echoes(5) as made:
-        yield made
-
-
-@pytest.fixture
-def program(node: Stage) -> Iterator[Program]:
-    node.install()
-    with Program() as made:
-        yield made
 
 
 # --- what a program sees of it --------------------------------------------------------------------

@@ -1,241 +1,25 @@
-"""Programs that do something with a socket while it is being moved, and who may have it at all."""
+"""Who has a socket that is to be moved, and whether the kernel hands it out."""
 
-import os
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 import pytest
 
 from sockhop.datapath import moving
-from sockhop.datapath.memory import SocketMemory
-from sockhop.datapath.moving import Kept, Mover
 from sockhop.datapath.outcome import Action
 from sockhop.datapath.owners import Owner, Owners
-from sockhop.datapath.records import Move, Setting
 from sockhop.datapath.resteer import Obstacle, Resteerer
 from sockhop.datapath.sockets import Sockets
-from sockhop.kernel.procfs import borrowed
-from sockhop.model import unpack_address
 from tests.datapath.kinds import namespace
-from tests.datapath.moves import MOVED, Stage, ask, at, fate, what
 from tests.datapath.node import service
 from tests.datapath.programs import Program
-from tests.datapath.udp import Echoes, both
+from tests.datapath.udp import Echoes
+from tests.resteer.stage import MOVED, VIP, Stage, ask, fate, leave_one, what
 
 pytestmark = pytest.mark.kernel
-
-VIP, OTHER = "10.9.0.1", "10.9.0.2"
-
-
-@pytest.fixture(scope="module")
-def node() -> Iterator[Stage]:
-    with Stage() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def echoes(node: Stage) -> Iterator[Echoes]:
-    with Echoes(4) as made:
-        yield made
-
-
-@pytest.fixture
-def program(node: Stage) -> Iterator[Program]:
-    node.install(at(1, *both(1)), at(2, *both(3)))
-    with Program() as made:
-        yield made
-
-
-def leave_one(node: Stage) -> None:
-    """Let the service have another backend than the socket's."""
-    node.install(at(1, *both(2)), at(2, *both(3)))
-
-
-# --- the program connects it elsewhere ------------------------------------------------------------
-
-
-def before_connect(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
-    """Do something at the last moment before the socket is connected."""
-    connect = Mover._connect
-
-    def late(self: Mover, *seen: object) -> None:
-        action()
-        connect(self, *seen)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Mover, "_connect", late)
-
-
-ELSEWHERE = {
-    "another service": (f"own.connect(({OTHER!r}, 53))", "127.0.1.3:7000"),
-    "the same service": (f"own.connect(({VIP!r}, 53))", "127.0.1.2:7000"),
-    "no service": ("own.connect(('127.0.1.4', 7000))", "127.0.1.4:7000"),
-    "nowhere": (
-        "ctypes.CDLL(None).connect(own.fileno(), struct.pack('=H14x', 0), 16)",
-        "0.0.0.0:0",
-    ),
-}
-elsewhere = pytest.mark.parametrize(("line", "then"), ELSEWHERE.values(), ids=ELSEWHERE)
-
-
-@elsewhere
-def test_what_goes_elsewhere_meanwhile_is_not_moved(
-    node: Stage, program: Program, monkeypatch: pytest.MonkeyPatch, line: str, then: str
-) -> None:
-    cookie = program.dial(VIP)
-    leave_one(node)
-    before_connect(monkeypatch, lambda: program.do(line))
-    assert what(node.move(cookie)) == (Action.GONE, Obstacle.ELSEWHERE)
-    assert node.peer(cookie) == then
-    assert fate(program) == ""
-
-
-def test_nor_where_a_hook_can_only_say_eperm(
-    node: Stage, program: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Before Linux 5.18."""
-    with node.mutated(tmp_path, ("#define ECANCELED 125", "#define ECANCELED 1")):
-        for line, then in ELSEWHERE.values():
-            node.install(at(1, *both(1)), at(2, *both(3)))
-            cookie = program.dial(VIP)
-            leave_one(node)
-            with monkeypatch.context() as patch:
-                before_connect(patch, lambda: program.do(line))  # noqa: B023
-                assert node.move(cookie).action in (Action.GONE, Action.LEFT)
-            assert node.peer(cookie) == then
-            assert fate(program) == ""
-
-
-def test_else_it_would_be_taken_away(
-    node: Stage, program: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The mutant of the first test."""
-    with node.mutated(tmp_path, ("move && !is_still_there(ctx, move)", "0")):
-        for line, _ in ELSEWHERE.values():
-            node.install(at(1, *both(1)), at(2, *both(3)))
-            cookie = program.dial(VIP)
-            leave_one(node)
-            with monkeypatch.context() as patch:
-                before_connect(patch, lambda: program.do(line))  # noqa: B023
-                assert node.move(cookie).action is Action.RESTEERED
-            assert node.peer(cookie) == "127.0.1.2:7000"
-
-
-def test_what_went_elsewhere_before_is_not_moved(node: Stage, program: Program) -> None:
-    target = node.find(program.dial(VIP))
-    leave_one(node)
-    program.do(f"own.connect(({VIP!r}, 53))")
-    node.install(at(1, *both(4)), at(2, *both(3)))
-    assert what(node.move(target)) == (Action.GONE, Obstacle.ELSEWHERE)
-    assert node.peer(target.cookie) == "127.0.1.2:7000"
-
-
-def test_the_program_may_connect_while_others_are_moved(
-    node: Stage, program: Program, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The hook tells its connect from ours, though it knows that the socket is being moved."""
-    cookie = program.dial(VIP)
-    leave_one(node)
-    confirm = Mover._confirm
-
-    def late(self: Mover, seen: object) -> str:
-        program.do(f"own.connect(({OTHER!r}, 53))")
-        return confirm(self, seen)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Mover, "_confirm", late)
-    monkeypatch.setattr("sockhop.kernel.maps.Map.delete", lambda *_: True)
-    assert what(node.move(cookie)) == (Action.GONE, Obstacle.ELSEWHERE)
-    assert node.peer(cookie) == "127.0.1.3:7000"
-
-
-HAMMER = f"""
-def hammer(seconds):
-    import random, time
-    end, rounds, lost = time.monotonic() + seconds, 0, 0
-    while time.monotonic() < end:
-        own.connect(({VIP!r}, 53))
-        pause = time.monotonic() + random.random() * 0.001
-        while time.monotonic() < pause:
-            pass
-        for there in (({OTHER!r}, 53), ("127.0.1.4", 7000)):
-            own.connect(there)
-            lost += own.getpeername() != there
-        rounds += 1
-    return rounds, lost
-"""
-
-
-def hammer(node: Stage, program: Program, seconds: float) -> tuple[int, int, int]:
-    """Move a socket while its program connects it as fast as it can.
-
-    Return how often it was moved, how often the program went round, and how often it was not
-    connected to what it had just connected to.
-    """
-    node.install(at(1, *both(1, 2)), at(2, *both(3)))
-    base = node.find(program.dial(VIP))
-    (owner,) = node.resteerer._find_owners([base])[base.cookie]
-    program.do(f"exec({HAMMER!r})")
-    moved = 0
-    with (
-        ThreadPoolExecutor(1) as pool,
-        SocketMemory(node.sandbox.pins) as memory,
-        node.resteerer._mover(direct=False, dry=False) as mover,
-        borrowed(owner.holder) as own,
-    ):
-        rounds = pool.submit(program.do, f"hammer({seconds})")
-        while not rounds.done():
-            origin = memory.provenance(own)
-            assert origin is not None
-            target = base._replace(
-                remote_address=origin.backend_address,
-                remote_port=origin.backend_port,
-                origin=origin,
-            )
-            if unpack_address(origin.frontend_address) == VIP:
-                with suppress(Kept):
-                    mover.move(target, own, bound=False)
-                    moved += 1
-        return moved, *rounds.result()
-
-
-# Between the hook's look and the connect that follows the kernel lets go of the socket for some
-# nanoseconds: on idle CPUs a program that connects all the time meets that in 1 to 5 of 10,000
-# rounds, and without the look in 250 to 400.
-SOME = 1 / 200
-
-
-def test_a_program_is_where_it_has_just_connected_to(node: Stage, program: Program) -> None:
-    seconds = float(os.environ.get("SOCKHOP_HAMMER", "3"))
-    moved, rounds, lost = hammer(node, program, seconds)
-    print(f"{moved:,} moves, {rounds:,} rounds, {lost} lost")
-    assert moved > 100
-    assert rounds > 100
-    assert lost <= rounds * SOME
-
-
-def test_else_it_would_often_not_be(node: Stage, program: Program, tmp_path: Path) -> None:
-    with node.mutated(tmp_path, ("move && !is_still_there(ctx, move)", "0")):
-        _, rounds, lost = hammer(node, program, 3)
-    assert lost > rounds * SOME
-
-
-def test_what_a_killed_mover_has_left_is_removed(node: Stage, program: Program) -> None:
-    cookie = program.dial(VIP)
-    stale = Move(bytes(16), 1, program.process.pid, 0, 1)
-    node.maps.moves.set(cookie, stale)
-    node.maps.settings.set(Setting.MOVING, 1)
-    with pytest.raises(OSError, match="canceled"):
-        program.do(f"own.connect(({VIP!r}, 53))")
-    with Resteerer(node.sandbox.pins):
-        pass
-    assert not node.maps.setting(Setting.MOVING)
-    assert node.maps.moves.items() == []
-    program.do(f"own.connect(({VIP!r}, 53))")
 
 
 # --- its descriptor -------------------------------------------------------------------------------

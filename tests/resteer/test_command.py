@@ -2,38 +2,20 @@
 
 import json
 import socket
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.datapath.moves import Stage, ask, at, fate
 from tests.datapath.programs import Program
 from tests.datapath.udp import Echoes, both
+from tests.resteer.stage import VIP, Stage, ask, at, fate
 
 pytestmark = pytest.mark.kernel
 
-VIP = "10.9.0.1"
 
-
-@pytest.fixture(scope="module")
-def node() -> Iterator[Stage]:
-    with Stage() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def echoes(node: Stage) -> Iterator[Echoes]:
-    with Echoes(2) as made:
-        yield made
-
-
-@pytest.fixture
-def program(node: Stage) -> Iterator[Program]:
-    node.install(at(1, *both(1)))
-    with Program() as made:
-        made.dial(VIP)
-        yield made
+@pytest.fixture(autouse=True)
+def _dialled(program: Program) -> None:
+    program.dial(VIP)
 
 
 def run(node: Stage, program: Program, *options: str, status: int = 0) -> tuple[Any, str]:

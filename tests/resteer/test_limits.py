@@ -2,7 +2,6 @@
 
 import socket
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,33 +10,12 @@ from sockhop.datapath.candidates import Fitting
 from sockhop.datapath.outcome import Action
 from sockhop.datapath.resteer import Obstacle, Resteerer
 from sockhop.model import BackendState, Service
-from tests.datapath.moves import MOVED, Stage, ask, at, fate, what
 from tests.datapath.node import backend, service
 from tests.datapath.programs import Program
 from tests.datapath.udp import Echoes, both
+from tests.resteer.stage import MOVED, VIP, Stage, ask, at, fate, what
 
 pytestmark = pytest.mark.kernel
-
-VIP = "10.9.0.1"
-
-
-@pytest.fixture(scope="module")
-def node() -> Iterator[Stage]:
-    with Stage() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def echoes(node: Stage) -> Iterator[Echoes]:
-    with Echoes(3) as made:
-        yield made
-
-
-@pytest.fixture
-def program(node: Stage) -> Iterator[Program]:
-    node.install(at(1, *both(1)))
-    with Program() as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

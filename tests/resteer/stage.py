@@ -10,10 +10,11 @@ from sockhop.datapath.sockets import Socket, Sockets
 from sockhop.model import Service, endpoint, unpack_address
 from tests.datapath.node import Node, service
 from tests.datapath.programs import Program
-from tests.datapath.udp import Echoes
+from tests.datapath.udp import Echoes, both
 
-__all__ = ["MOVED", "Stage", "ask", "at", "fate", "what"]
+__all__ = ["MOVED", "OTHER", "VIP", "Stage", "ask", "at", "fate", "leave_one", "what"]
 
+VIP, OTHER = "10.9.0.1", "10.9.0.2"
 MOVED = (Action.RESTEERED, Obstacle.NONE)
 
 
@@ -58,6 +59,11 @@ def at(number: int, *backends: object, **fields: object) -> Service:
     """A service at the numbered address of both families."""
     frontends = (f"10.9.0.{number}:53/udp", f"[fd00:9::{number}]:53/udp")
     return service(f"s{number}", *frontends, backends=backends, **fields)
+
+
+def leave_one(node: Stage) -> None:
+    """Let the service at VIP have another backend than a socket that has just dialled it."""
+    node.install(at(1, *both(2)), at(2, *both(3)))
 
 
 def what(outcome: MoveOutcome) -> tuple[Action, Obstacle]:
