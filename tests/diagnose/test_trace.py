@@ -1,12 +1,14 @@
 """Call paths of an answered and of an unanswered request, and where they part."""
 
 import json
+import signal
 import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from subprocess import PIPE
 from typing import NamedTuple
 
 import pytest
@@ -14,7 +16,7 @@ import pytest
 from sockhop.datapath.sockets import TCP_STATES
 from sockhop.datapath.tracing import Means, TraceKind, Tracer, TraceRecord
 from sockhop.diagnose.callpaths import Moment, Side, Verdict, compare, connections
-from sockhop.diagnose.trace import Trace, trace
+from sockhop.diagnose.trace import Program, Trace, trace
 from sockhop.kernel import netns
 from sockhop.kernel.symbols import Symbols
 from sockhop.model import pack_address
@@ -26,6 +28,7 @@ pytestmark = pytest.mark.kernel
 
 ENOUGH = 60.0
 """Seconds for the slowest machine; a trace ends when what it traces does."""
+ALL = Program()
 LAST_ACK = (TraceKind.STATE, TCP_STATES.index("LAST-ACK") + 1)
 
 
@@ -74,9 +77,9 @@ class Trouble(NamedTuple):
         self.ask()
         self.ask(self.taken)
 
-    def trace(self, dial: Callable[[], None], most: int = 20_000, **wanted: int | str) -> Trace:
+    def trace(self, dial: Callable[[], None], most: int = 20_000, of: Program = ALL) -> Trace:
         target = (pack_address(self.place.server), self.port)
-        return trace(target, seconds=ENOUGH, most=most, dial=dial, **wanted)  # type: ignore[arg-type]
+        return trace(target, seconds=ENOUGH, most=most, dial=dial, of=of)
 
 
 @contextmanager
@@ -186,11 +189,11 @@ def test_what_is_kept() -> None:
     with trouble() as at:
         short = at.trace(at.ask, most=5)
         assert (short.records, short.truncated) == (5, True)
-        own = at.trace(at.ask, command=Path("/proc/self/comm").read_text().strip())
+        own = at.trace(at.ask, of=Program(command=Path("/proc/self/comm").read_text().strip()))
         assert own.verdicts == {Verdict.ANSWERED: 1}
         assert own.difference is None
         assert own.unanswered is None
-        others = at.trace(at.ask, pid=1)
+        others = at.trace(at.ask, of=Program(pid=1))
         assert others.records
         assert not others.verdicts
 
@@ -221,6 +224,17 @@ def test_the_command() -> None:
     assert nothing.returncode == 0, nothing.stderr
     empty = json.loads(nothing.stdout)
     assert (empty["verdicts"], empty["difference"]) == ({}, None)
+
+
+def test_an_interrupt_ends_it() -> None:
+    command = [str(SOCKHOP), "trace", "path", "10.77.0.1:9", "--for", f"{ENOUGH}s"]
+    with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True) as running:
+        assert running.stderr
+        assert running.stderr.readline() == "tracing 10.77.0.1:9; Ctrl-C ends it\n"
+        running.send_signal(signal.SIGINT)
+        told, errors = running.communicate(timeout=ENOUGH)
+    assert (running.returncode, errors) == (0, "")
+    assert "connections: none" in told
 
 
 def test_a_frontend_has_no_connections(sandbox: Sandbox, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def path(  # noqa: PLR0913, PLR0917 (click passes them by name)
     whose request was answered and one whose was not, and says where their call paths first differ.
     On kernels without kprobes it sees less, and says so. Exit status 1 if a request got no answer.
     """
-    from sockhop.diagnose.trace import trace  # noqa: PLC0415 (slow to import)
+    from sockhop.diagnose.trace import Program, trace  # noqa: PLC0415 (slow to import)
 
     question = parse_question(target, http, count, timeout)
     found = trace(
@@ -100,8 +100,8 @@ def path(  # noqa: PLR0913, PLR0917 (click passes them by name)
         seconds=seconds,
         most=most,
         dial=None if http is None else _dialler(question, origin),
-        pid=pid,
-        command=comm,
+        begun=lambda: click.echo(f"tracing {question.name}; Ctrl-C ends it", err=True),
+        of=Program(pid, comm),
     )
     if output in ("json", "yaml"):
         print_value(found, output)

@@ -4,7 +4,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
 
 import msgspec
 
@@ -25,7 +26,7 @@ from sockhop.errors import SockhopError
 from sockhop.kernel.symbols import Symbols
 from sockhop.model import endpoint, unpack_address
 
-__all__ = ["Line", "Trace", "Traced", "trace"]
+__all__ = ["Line", "Program", "Trace", "Traced", "trace"]
 
 _POLL = 0.02
 _LAST = 0.2
@@ -74,33 +75,48 @@ class Trace(msgspec.Struct, frozen=True):
     paths: dict[Side, list[Line]]
 
 
+class Program(NamedTuple):
+    """Whose connections are meant: those of a process, and of programs of a name; None: of all."""
+
+    pid: int | None = None
+    command: str | None = None
+
+
 def trace(
     target: tuple[bytes, int],
     *,
     seconds: float,
     most: int,
     dial: Callable[[], None] | None = None,
-    pid: int | None = None,
-    command: str | None = None,
+    begun: Callable[[], None] = lambda: None,
+    of: Program = Program(),  # noqa: B008 (it is immutable)
 ) -> Trace:
     """Trace the TCP connections of *target*, a packed address and a port.
 
-    It ends after *seconds*, after *most* records, or, given *dial*, which makes connections, soon
-    after that returns. *pid*, *command*: only connections of which an end is theirs.
-    SystemLackError where the kernel lets nobody trace.
+    It ends after *seconds*, after *most* records, at SIGINT, or, given *dial*, which makes
+    connections, soon after that returns. *begun* is called when tracing has begun. Only connections
+    count of which an end is *of* that program. SystemLackError where the kernel lets nobody trace.
     """
+    records: list[TraceRecord] = []
     with Tracer(target) as tracer:
         means, functions = tracer.start()
         begin = time.monotonic()
-        with _running(dial) as is_done:
-            records, truncated = _collect(tracer, begin + seconds, most, is_done)
+        with suppress(KeyboardInterrupt):
+            begun()
+            with _running(dial) as is_done:
+                for some in _fetched(tracer, begin + seconds, is_done):
+                    records += some
+                    if len(records) >= most:
+                        break
         elapsed = round(time.monotonic() - begin, 3)
         lost, reason = tracer.lost(), tracer.reason
         symbols = Symbols()  # while our own programs, which are on the stacks, are loaded
+    truncated = len(records) >= most
+    del records[most:]
     found = [
         each
         for each in connections(records, target)
-        if any(end.is_of(pid, command) for end in each.ends.values())
+        if any(end.is_of(*of) for end in each.ends.values())
     ]
     verdicts = Counter(each.verdict for each in found)
     good, bad = _first(found, Verdict.ANSWERED), _first(found, Verdict.UNANSWERED)
@@ -139,20 +155,16 @@ def _running(dial: Callable[[], None] | None) -> Iterator[Callable[[], bool]]:
         raise errors[0]
 
 
-def _collect(
-    tracer: Tracer, until: float, most: int, is_done: Callable[[], bool]
-) -> tuple[list[TraceRecord], bool]:
-    records: list[TraceRecord] = []
-    while True:
+def _fetched(
+    tracer: Tracer, until: float, is_done: Callable[[], bool]
+) -> Iterator[list[TraceRecord]]:
+    """Yield records until that time, or until shortly after it is done."""
+    ends = False
+    while not ends:
         done = is_done()
-        if done:
-            time.sleep(_LAST)
-        records += tracer.records()
-        if len(records) >= most:
-            return records[:most], True
-        if done or time.monotonic() >= until:
-            return records, False
-        time.sleep(_POLL)
+        time.sleep(_LAST if done else _POLL)
+        ends = done or time.monotonic() >= until
+        yield tracer.records()
 
 
 def _paths(
