@@ -15,6 +15,7 @@ from sockhop.kernel.advisories import (
     known_faults,
     parse_release,
     running_release,
+    with_patch_level,
 )
 from tests.sandbox import SOCKHOP
 
@@ -112,6 +113,24 @@ def test_a_kernel_too_new_for_the_data_has_what_was_never_fixed() -> None:
     names = [each["fault"] for each in json.loads(told)["faults"] if each["affected"] == "perhaps"]
     assert names == ["SOCKHOP-2"]
     assert status == 1
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("release", "told", "found"),
+    [
+        ("6.1.0-50-cloud-amd64", "#1 SMP Debian 6.1.176-1 (2026-10-01)",
+         "6.1.176-1 (6.1.0-50-cloud-amd64)"),
+        ("5.15.0-91-generic", "Ubuntu 5.15.131", "5.15.131 (5.15.0-91-generic)"),
+        ("6.12.95+deb12-cloud-amd64", "#1 SMP Debian 6.12.95-1~bpo12+1 (2026-10-01)",
+         "6.12.95-1~bpo12+1 (6.12.95+deb12-cloud-amd64)"),
+        ("6.18.44", "#1 SMP PREEMPT_DYNAMIC Thu Oct 1 2026", "6.18.44"),
+        # One's own kernel on their system.
+        ("6.18.44", "#1 SMP Debian 6.1.176-1 (2026-10-01)", "6.18.44"),
+    ],
+)  # fmt: skip
+def test_the_patch_level_of_debian_and_ubuntu(release: str, told: str, found: str) -> None:
+    assert with_patch_level(release, told) == found
 
 
 @pytest.mark.unit

@@ -20,6 +20,7 @@ __all__ = [
     "known_faults",
     "parse_release",
     "running_release",
+    "with_patch_level",
 ]
 
 Version = tuple[int, int, int]
@@ -83,18 +84,24 @@ def is_upstream(release: str) -> bool:
 
 
 def running_release() -> str:
-    """Return the release of the running kernel, with the patch level that it is based on.
-
-    Debian and Ubuntu call theirs `6.1.0-50` whatever that is, and tell it elsewhere: in uname's
-    version (Debian), in /proc/version_signature (Ubuntu).
-    """
+    """Return the release of the running kernel, with the patch level that it is based on."""
     system = os.uname()
     told = system.version
-    with suppress(OSError):
-        told = "Ubuntu " + _SIGNATURE.read_text().split()[-1]
+    with suppress(OSError, IndexError):
+        told = f"Ubuntu {_SIGNATURE.read_text().split()[-1]}"
+    return with_patch_level(system.release, told)
+
+
+def with_patch_level(release: str, told: str) -> str:
+    """Return *release* behind the version that it is based on, where *told* has that.
+
+    Debian and Ubuntu call theirs `6.1.0-50` whatever the patch level is, and tell it elsewhere: in
+    uname's version (Debian), in /proc/version_signature (Ubuntu).
+    """
     found = re.search(r"(?:Debian|Ubuntu) (\d+\.\d+\.\d+\S*)", told)
-    same = found and parse_release(found[1])[:2] == parse_release(system.release)[:2]
-    return f"{found[1]} ({system.release})" if found and same else system.release
+    if found and parse_release(found[1])[:2] == parse_release(release)[:2]:
+        return f"{found[1]} ({release})"
+    return release
 
 
 def is_affected(advisory: Advisory, version: Version) -> bool | None:
