@@ -228,6 +228,20 @@ def test_nothing_is_overwritten_and_mistakes_are_named(tmp_path: Path) -> None:
     assert there.read_text() == "precious"
 
 
+@pytest.mark.kernel
+def test_a_full_file_system(sandbox: Sandbox) -> None:
+    full = sandbox.directory / "full"
+    full.mkdir()
+    script = (
+        f"mount -t tmpfs -o size=4k none {full} && $0 sysdump --to {full}/x; s=$?; ls -A {full}"
+    )
+    done = sandbox.run(
+        "unshare", "--mount", "sh", "-c", f"{script}; exit $s", str(SOCKHOP), check=False
+    )
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr == f"sockhop: {full}/x: No space left on device\n"
+
+
 @pytest.mark.unit
 def test_a_terminal_shows_how_far_it_is(tmp_path: Path) -> None:
     master, slave = pty.openpty()

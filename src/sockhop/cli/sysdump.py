@@ -15,8 +15,9 @@ import click
 
 from sockhop.cli.options import global_options
 from sockhop.cli.output import counted
+from sockhop.cli.scrub import scrub_log
 from sockhop.cli.sysdump_parts import PARTS, Part
-from sockhop.errors import InputError, SockhopError
+from sockhop.errors import InputError, SockhopError, SystemLackError
 
 __all__ = ["command"]
 
@@ -46,8 +47,11 @@ def command(target: Path | None) -> None:
     """
     name = time.strftime("sockhop-sysdump-%Y%m%dT%H%M%SZ", time.gmtime())
     target = target or Path(f"{name}.tar.gz")
-    with _new_file(target) as file:
-        failures = _write(file, name)
+    try:
+        with _new_file(target) as file:
+            failures = _write(file, name)
+    except OSError as error:
+        raise SystemLackError(f"{target}: {error.strerror or error}") from None
     click.echo(target)
     for each in failures:
         click.echo(f"note: not in it: {each}", err=True)
@@ -66,12 +70,14 @@ def _write(file: BinaryIO, directory: str) -> list[str]:
 
         for part in _progress():
             try:
-                if data := part.collect():
-                    add(part.name, data)
-                lines.append(f"{part.name}: {part.about}{'' if data else ': there is nothing'}\n")
+                data = part.collect()
             except Exception as error:  # noqa: BLE001 (what is broken is what this is for)
                 reason = error.message if isinstance(error, SockhopError) else repr(error)
-                failures.append(f"{part.name}: {reason}")
+                failures.append(f"{part.name}: {scrub_log(reason)}")
+                continue
+            if data:
+                add(part.name, data)
+            lines.append(f"{part.name}: {part.about}{'' if data else ': there is nothing'}\n")
         lines += [f"not in it: {each}\n" for each in failures]
         add("README.txt", "".join(lines).encode())
     return failures
