@@ -40,7 +40,8 @@ struct audit_socket {
 	__u32 segs_in;
 	__u32 segs_out;
 	char ulp[16];
-	__u8 pad2[4];
+	__u32 first_size; /* what is left of the first message in the psock's queue */
+	__u64 first; /* and which that is */
 };
 
 /* A TCP socket, and the function that a recv() of it calls. */

@@ -26,6 +26,11 @@ static __always_inline void count_spliced(struct audit_socket *out, struct sk_ps
 	struct list_head *at = BPF_CORE_READ(psock, ingress_msg.next);
 	struct sk_msg *msg;
 
+	if (at && at != head) {
+		msg = (void *)at - bpf_core_field_offset(struct sk_msg, list);
+		out->first = (__u64)msg;
+		out->first_size = BPF_CORE_READ(msg, sg.size);
+	}
 	for (int i = 0; i < MESSAGES; i++) {
 		if (!at || at == head)
 			break;

@@ -13,7 +13,7 @@ from sockhop.diagnose.visit import End, Visitor
 from sockhop.kernel import netns
 from sockhop.kernel.namespaces import Namespace, Namespaces
 from tests.diagnose.incident import incident
-from tests.sandbox import Sandbox
+from tests.sandbox import Sandbox, wait_until
 from tests.splice.stage import Place, Stage
 
 pytestmark = pytest.mark.kernel
@@ -147,6 +147,28 @@ def test_what_nobody_reads(sandbox: Sandbox) -> None:
             assert busy.recv(4) == b"read"
             check = check_pairs(first, connected(visitor), [])
             assert [each.stack for each in check.queued] == [len(b"never read")]
+
+
+def test_what_nobody_reads_of_spliced_bytes() -> None:
+    """As many bytes may wait at both looks, and yet be others."""
+    with Stage() as stage, Visitor() as visitor:
+        (lazy, sender), (busy, other) = (stage.connected(Place.LOOPBACK4) for _ in range(2))
+        with lazy, sender, busy, other:
+            for each in (sender, other):
+                each.sendall(b"first")
+                each.sendall(b"again")
+            wait_until(lambda: _spliced(visitor) == [10, 10], "the bytes")
+            first = connected(visitor)
+            sender.sendall(b"more")
+            assert busy.recv(2) == b"fi"
+            other.sendall(b"xx")
+            wait_until(lambda: _spliced(visitor) == [10, 14], "the bytes")
+            check = check_pairs(first, connected(visitor), [])
+            assert [each.spliced for each in check.queued] == [14]
+
+
+def _spliced(visitor: Visitor) -> list[int]:
+    return sorted(each.socket.spliced for each in connected(visitor) if each.socket.spliced)
 
 
 def test_flags_of_a_psock() -> None:

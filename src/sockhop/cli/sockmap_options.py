@@ -110,11 +110,11 @@ def print_pairs(check: "PairCheck", output: str) -> None:
                 f"for it; between the looks {moved}"
             )
     if check.queued and output == "wide":
-        click.echo("\nbytes that waited at both looks: their programs do not read, or not enough:")
+        click.echo("\nbytes that nobody has read between the looks:")
         print_rows(check.queued, _QUEUED, output)
     elif check.queued:
-        click.echo(f"\nnote: in {counted(len(check.queued), 'socket')} bytes waited at both looks, "
-                   "whose programs do not read, or not enough: -o wide lists them")  # fmt: skip
+        click.echo(f"\nnote: in {counted(len(check.queued), 'socket')} wait bytes that nobody has "
+                   "read between the looks: -o wide lists them")  # fmt: skip
 
 
 def _side(side: "Side") -> str:

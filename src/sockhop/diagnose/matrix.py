@@ -59,8 +59,8 @@ def evidence(
             continue
         if all(result in _CONNECTED for result in row.results):
             found.append(
-                f"from {row.origin} TCP connects every time: addresses, routes and the listening "
-                "socket are in order"
+                f"from {row.origin} TCP connects every time: addresses, routes, and filters of the "
+                "handshake are in order"
             )
         else:
             found.append(_echo(origin, question))

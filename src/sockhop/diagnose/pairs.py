@@ -208,7 +208,8 @@ def _splices(of: AuditSocket) -> bool:
 
 
 def _is_queued(before: AuditSocket, now: AuditSocket) -> bool:
-    spliced = 0 < before.spliced <= now.spliced
+    # Reading takes bytes off the first message, and then the message.
+    spliced = now.first > 0 and (before.first, before.first_size) == (now.first, now.first_size)
     stack = (
         unread_from_stack(before) > 0
         and unread_from_stack(now) > 0

@@ -68,6 +68,8 @@ class AuditSocket(NamedTuple):
     segs_in: int
     segs_out: int
     ulp: bytes
+    first_size: int
+    first: int
 
     @property
     def local(self) -> str:
