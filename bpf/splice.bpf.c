@@ -439,6 +439,8 @@ static __always_inline int by_stack(struct splice_lane *lane, struct splice_pair
 		add(&counters->stack_bytes, size);
 	if (!pair)
 		return SK_PASS;
+	/* An answer, too. */
+	(lane->is_a ? &pair->b : &pair->a)->unanswered = 0;
 	/* A stream gains nothing from the other way; without it the pair can leave the sockhash. */
 	if (lane->stacked > lane->leave_after &&
 	    (lane->reason == SPLICE_BUDGET || lane->reason == SPLICE_BACKLOG))

@@ -254,6 +254,13 @@ def test_deferred_accept_decides_by_direction(stage: Stage) -> None:
                 assert (server.recv(10), client.recv(10)) == (b"wakes it", b"answer")
                 assert stage.lane(client) is LaneMode.STACK
                 assert stage.lane(server) is LaneMode.SPLICED
+                # What comes by the stack is an answer, too.
+                for _ in range(6):
+                    server.sendall(b"x" * (BUDGET // 4))
+                    assert len(read_exactly(client, BUDGET // 4)) == BUDGET // 4
+                    client.sendall(b"more")
+                    assert server.recv(10) == b"more"
+                assert stage.lane(server) is LaneMode.SPLICED
 
 
 @pytest.mark.parametrize("place", [Place.LOOPBACK4, Place.LOOPBACK6])
