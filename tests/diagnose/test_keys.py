@@ -139,5 +139,5 @@ def test_known_layouts_are_written_as_they_are_read() -> None:
     ],
 )
 def test_whose_functions_serve_a_socket(ulp: bytes, flags: int, handler: Handler) -> None:
-    fields = (bytes(16), bytes(16), *[0] * 21, ulp.ljust(16, b"\0"))
-    assert AuditSocket._make(fields)._replace(flags=flags).handler is handler
+    plain = AuditSocket._make([0] * len(AuditSocket._fields))
+    assert plain._replace(flags=flags, ulp=ulp.ljust(16, b"\0")).handler is handler
