@@ -247,6 +247,26 @@ def test_a_frontend_has_no_connections(sandbox: Sandbox, tmp_path: Path) -> None
     assert "its backends, 127.0.0.1:8080; trace one of those" in told
 
 
+def test_where_symbols_are_hidden() -> None:
+    without = ("setpriv", "--bounding-set", "-syslog", "--inh-caps", "-syslog")
+    shown, done = (
+        subprocess.run(
+            [*without, *command], check=False, capture_output=True, text=True, timeout=60
+        )
+        for command in (
+            ("tail", "-n1", "/proc/kallsyms"),
+            (str(SOCKHOP), "trace", "path", "10.77.0.1:9", "--for", "100ms"),
+        )
+    )
+    # kernel.kptr_restrict and kernel.perf_event_paranoid may let everybody see them.
+    if int(shown.stdout.split()[0], 16):
+        assert done.returncode == 0, done.stderr
+    else:
+        assert done.returncode == 3
+        assert "/proc/kallsyms hides where functions are" in done.stderr
+        assert "tracing" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

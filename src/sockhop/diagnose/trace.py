@@ -97,6 +97,7 @@ def trace(
     connections, soon after that returns. *begun* is called when tracing has begun. Only connections
     count of which an end is *of* that program. SystemLackError where the kernel lets nobody trace.
     """
+    Symbols()  # where they are hidden, nobody has to wait to hear of it
     records: list[TraceRecord] = []
     with Tracer(target) as tracer:
         means, functions = tracer.start()
