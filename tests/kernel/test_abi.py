@@ -54,15 +54,15 @@ def layout(pins: Path) -> str:
 
 
 def test_maps_that_differ_have_another_abi(sandbox: Sandbox) -> None:
-    """If this fails: SOCKHOP_ABI and ABI one higher, unless there is only a map or a name more.
+    """If this fails: SOCKHOP_ABI and ABI one higher, and what is printed becomes abi.txt.
 
-    Then copy what is printed to abi.txt.
+    A map more needs no other number; it is protected from when it stands in abi.txt.
     """
     sandbox.pins.mkdir(mode=0o700)
     with Balancer(sandbox.pins):
         found = layout(sandbox.pins)
     print(found)
-    assert found == KNOWN.read_text()
+    assert sorted(set(KNOWN.read_text().splitlines()) - set(found.splitlines())) == []
     assert f"#define SOCKHOP_ABI {ABI}\n" in HEADER.read_text()
 
 

@@ -248,8 +248,7 @@ class Carrier:
         end = FrontendKey(origin.frontend_address, 0, origin.frontend_port, origin.protocol)
         dialled = end, origin.netns, each.cgroup
         if dialled not in known:
-            groups = cgroups_above(each.cgroup) if self._maps.setting(Setting.REDIRECTS) else ()
-            found = self._maps.find_for(end, origin.netns, groups)
+            found = self._maps.find_for(end, origin.netns, cgroups_above(each.cgroup))
             known[dialled] = bool(found and active_backends(self._maps, found[1]))
         return known[dialled]
 

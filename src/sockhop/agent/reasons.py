@@ -91,7 +91,7 @@ def _of_its_peer(case: Case) -> Iterator[str]:
     socket = case.found.socket
     peer = FrontendKey(socket.remote_address, 0, socket.remote_port, socket.protocol)
     text = endpoint(unpack_address(peer.address), peer.port)
-    frontend = case.maps.find_for(peer, case.found.netns_cookie, _lineage(case))
+    frontend = case.maps.find_for(peer, case.found.netns_cookie, cgroups_above(socket.cgroup))
     if frontend is not None:
         name = read_services(case.maps).get(frontend[1].service, "?")
         yield f"its peer is {text} itself, a frontend of {name}: the connect was not translated"
@@ -112,13 +112,6 @@ def _of_its_peer(case: Case) -> Iterator[str]:
             yield from _circumstances(case)
     else:
         yield f"its peer {text} is no frontend"
-
-
-def _lineage(case: Case) -> tuple[int, ...]:
-    """The ids of the socket's cgroup and those above it; () where that cannot be told."""
-    with suppress(KernelError):
-        return cgroups_above(case.found.socket.cgroup)
-    return ()
 
 
 def _services_of(maps: BalanceMaps, peer: FrontendKey) -> set[str]:

@@ -3,7 +3,7 @@
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
@@ -122,18 +122,22 @@ def cgroup_path(any_cgroup: int, number: int) -> Path | None:
         os.close(fd)
 
 
-def cgroups_above(number: int) -> tuple[int, ...]:
-    """Return the ids of the cgroup with the id *number* and of those above it, in this order.
+def cgroups_above(number: int) -> Iterator[int]:
+    """Yield the ids of the cgroup with the id *number* and of those above it, in this order.
 
-    () where it is gone. KernelError without CAP_DAC_READ_SEARCH.
+    None where it is gone. Nothing is looked up before the first one is asked for.
     """
-    with open_cgroup(cgroup_root()) as root:
-        found = cgroup_path(root, number)
-    try:
-        groups = (found, *groups_above(found)) if found else ()
-        return tuple(group.stat().st_ino for group in groups)
-    except OSError:
-        return ()
+    if found := _find_group(number):
+        with suppress(OSError):
+            yield from [group.stat().st_ino for group in (found, *groups_above(found))]
+
+
+def _find_group(number: int) -> Path | None:
+    top = cgroup_root()
+    with open_cgroup(top) as root, suppress(KernelError):
+        return cgroup_path(root, number)
+    # Without CAP_DAC_READ_SEARCH, which the unit does not have.
+    return next((path for path, fd in groups_below(top) if os.fstat(fd).st_ino == number), None)
 
 
 def groups_above(group: Path) -> Iterator[Path]:
