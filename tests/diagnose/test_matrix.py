@@ -66,6 +66,19 @@ def test_a_filter_is_narrowed_down(stage: Stage) -> None:
 
 
 @pytest.mark.kernel
+def test_a_stage_beside_another(stage: Stage) -> None:
+    """The same indexes, names and addresses, in other namespaces."""
+    with Stage(spliced=False) as other:
+        places = Namespaces().all()
+        ways = Topology(places, pack_address(SERVER))
+        for each in (stage, other):
+            (far,) = (place for place in places if place.inode == netns.inode(each.other))
+            way = ways.way("far", far)
+            assert way
+            assert (way.peer, way.owner) == ("near", netns.inode(each.sandbox.netns))
+
+
+@pytest.mark.kernel
 def test_a_server_that_is_silent_is_so_from_everywhere(stage: Stage) -> None:
     with Server(stage, "nothing") as server:
         found = diagnose(question(server.port), [origin(stage)], NOBODY)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from sockhop.kernel.interfaces import Interface, interfaces_here
+from sockhop.kernel.interfaces import Interface, interfaces_here, namespace_number
 from sockhop.kernel.namespaces import Namespace, NamespaceGone, entered, mounted_names
 from sockhop.kernel.routes import Route, Routes
 from sockhop.model import unpack_address
@@ -113,12 +113,29 @@ class Topology:
 
     def _behind(self, place: int, link: Interface) -> tuple[int, Interface | None]:
         """Return where the other end of a veth is, and that end; 0 and None if not found."""
-        if link.kind == "veth":
-            for inode, links in self._links.items():
-                other = links.get(link.peer)
-                if inode != place and other and (other.kind, other.peer) == ("veth", link.number):
-                    return inode, other
+        if link.kind != "veth" or link.peer_namespace is None:
+            return 0, None
+        for inode, links in self._links.items():
+            other = links.get(link.peer)
+            # Indexes are used again in every namespace.
+            if (
+                other
+                and (other.kind, other.peer) == ("veth", link.number)
+                and self._number(place, inode) == link.peer_namespace
+            ):
+                return inode, other
         return 0, None
+
+    def _number(self, place: int, other: int) -> int:
+        """Return by which number one namespace knows another; -1 if it does not."""
+        # Opened first: a path may be that of this thread's own namespace.
+        with (
+            suppress(NamespaceGone, OSError),
+            self._places[other].path.open("rb") as target,
+            entered(self._places[place]),
+        ):
+            return namespace_number(target.fileno())
+        return -1
 
 
 def name_of(place: Namespace) -> str:
