@@ -208,7 +208,7 @@ def test_the_command() -> None:
         told = json.loads(sockhop(sandbox, *listed).stdout)
         assert told["maps"][0]["stale_closed"] == 1
         assert len(told["entries"]) == told["maps"][0]["entries"] == 2
-        assert told["pairs"]["half_spliced"][0]["harmful"]
+        assert any(each["harmful"] for each in told["pairs"]["half_spliced"])
         for wrong, said in (
             (("--id", "4000000000"), "map 4000000000: there is none"),
             (("--key", "sip:4 sport:2"), "--key is for one map"),
