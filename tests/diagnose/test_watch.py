@@ -5,6 +5,8 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +17,10 @@ from sockhop.agent.events import EventKind, EventLog, events_path
 from sockhop.diagnose.audit import judge
 from sockhop.diagnose.causes import Cause, Finding
 from sockhop.diagnose.heal import heal
+from sockhop.diagnose.visit import Visitor
 from sockhop.diagnose.watch import Watch
 from sockhop.kernel import netns
+from sockhop.kernel.namespaces import Namespaces
 from tests.diagnose.incident import incident
 from tests.diagnose.invoke import sockhop
 from tests.diagnose.load import Load
@@ -122,6 +126,25 @@ def test_without_a_second_look_what_is_being_closed_is_found(
         old, _ = at.leave_stale(Place.LOOPBACK4, listener)
         assert ours(watch.look().begun, at.stage, at.map.info.id) == [Cause.STALE_ENTRY]
         old.close()
+
+
+@pytest.mark.parametrize("hasty", [False, True])
+def test_a_pair_that_is_over_by_the_second_look(
+    monkeypatch: pytest.MonkeyPatch, hasty: bool
+) -> None:
+    """With the mutant, which looks at the ends only once, it is found."""
+    with incident() as at, Watch() as watch:
+        *_, client, _ = at.stuck(Place.VETH4)
+        clock = SimpleNamespace(time=time.time, sleep=lambda _: client.close())
+        monkeypatch.setattr("sockhop.diagnose.watch.time", clock)
+        if hasty:
+            monkeypatch.setattr(Visitor, "ends", cache(Visitor.ends))
+            monkeypatch.setattr(Namespaces, "all", lambda each: tuple(_all(each)))
+        found = ours(watch.look().begun, at.stage)
+        assert found == ([Cause.HALF_SPLICED] if hasty else [])
+
+
+_all = Namespaces.all
 
 
 def metric(port: int, name: str, cause: str) -> float:
