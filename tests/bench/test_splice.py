@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from sockhop.bench.plot_splice import draw_splice
-from sockhop.bench.programs import LOADS, missing
+from sockhop.bench.programs import LOADS, missing, prepare, run_load, serve
 from sockhop.bench.rooms import Site
 from sockhop.bench.splice import SplicePlan, measure_splice
 from sockhop.errors import SockhopError
@@ -57,6 +57,19 @@ def test_every_peer_is_measured(site: Site) -> None:
     quicker = {r.peer: r.per_cpu_to_plain.median for r in report.results if r.cpus == "one CPU"}
     assert quicker["sockhop"] > 1.2
     assert not Path("/sys/fs/bpf", site.name, "links", "sock_ops").exists()
+
+
+def test_every_server_is_measured(site: Site) -> None:
+    loads = {load.server: load for load in LOADS}
+    assert loads.keys() == {"redis", "postgres", "nginx", "iperf3"}
+    with site.room("plain") as room:
+        for server, load in loads.items():
+            assert not missing(server)
+            prepare(server, site.directory)
+            serve(server, room, site.directory)
+            by_clock, of_cpu = run_load(load, room)
+            assert 100 < by_clock < 1e8
+            assert 100 < of_cpu < 1e8
 
 
 def test_every_load_is_read() -> None:
