@@ -21,7 +21,14 @@ from sockhop.agent.target import expand, with_redirects
 from sockhop.agent.terminate import Terminator, opened_terminator
 from sockhop.kernel.netns import entered
 from sockhop.model import Desired, Redirect
-from tests.agent.test_enforce import ask, bound_udp, connected_udp, error_of, events, redirect
+from tests.agent.test_enforce import (
+    ask,
+    bound_udp,
+    connected_udp,
+    error_of,
+    of_sockets,
+    redirect,
+)
 from tests.agent.test_policies import deny, manifest, objects
 from tests.datapath import test_redirects
 from tests.datapath.node import Node
@@ -97,7 +104,8 @@ def test_a_policy_that_came(sandbox: Sandbox, away: Callable[[str], Away]) -> No
         for client in clients:
             assert wait_until(lambda c=client: error_of(c), "an end") == errno.ECONNABORTED  # type: ignore[misc]
         assert error_of(allowed) == 0
-        assert {each["kind"] for each in events(sandbox) if each.get("cookie")} == {"severed"}
+        ended = wait_until(lambda: of_sockets(sandbox, 2), "events of both")
+        assert {each["kind"] for each in ended} == {"severed"}
 
 
 def dns(cgroup: str | None) -> str:
@@ -158,7 +166,8 @@ def test_a_redirect_that(sandbox: Sandbox, away: Callable[[str], Away], comes: b
         wait_until(lambda: ask(client) == becomes, "a socket that is moved")
         assert wait_until(lambda: error_of(connection), "an end") == errno.ECONNABORTED
         assert ask(own) == "behind"
-        done = {each["protocol"]: each["kind"] for each in events(sandbox) if each.get("cookie")}
+        told = wait_until(lambda: of_sockets(sandbox, 2), "events of both")
+        done = {each["protocol"]: each["kind"] for each in told}
         assert done == {"UDP": "resteered", "TCP": "severed"}
     group.rmdir()
 
