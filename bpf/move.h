@@ -30,8 +30,6 @@ static __always_inline struct watch *watch_on(struct bpf_sock_addr *ctx)
 
 static __always_inline bool has_peer(struct bpf_sock *sk, const struct move *move)
 {
-	if (!move->peer_port)
-		return sk->state != TCP_ESTABLISHED;
 	return is_connected_to(sk, move->peer_address, move->peer_port);
 }
 

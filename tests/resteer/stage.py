@@ -27,7 +27,7 @@ class Stage(Node):
         try:
             self._listing = self._stack.enter_context(Listing(pins))
             self._sockets = self._stack.enter_context(Sockets(pins))
-            self._engine = self._stack.enter_context(choose_engine(pins))
+            self.engine = self._stack.enter_context(choose_engine(pins))
             self.resteerer = self._stack.enter_context(Resteerer(pins))
         except BaseException:
             self.__exit__()
@@ -48,7 +48,7 @@ class Stage(Node):
         """Move a socket, given as it was or by its cookie, and else sever it."""
         target = target if isinstance(target, Socket) else self.find(target)
         before = self.resteerer.obstacles.copy()
-        (outcome,) = self.resteerer.resteer([target], self._engine.sever_sockets, **options)
+        (outcome,) = self.resteerer.resteer([target], self.engine.sever_sockets, **options)
         assert self.resteerer.obstacles - before == {outcome.obstacle: 1}
         assert outcome.socket == target
         assert (outcome.obstacle is Obstacle.NONE) == (outcome.action is Action.RESTEERED)

@@ -4,6 +4,7 @@ import errno
 import random
 import socket
 import struct
+from contextlib import suppress
 from enum import StrEnum
 from typing import NamedTuple, TypeAlias
 
@@ -15,7 +16,6 @@ from sockhop.datapath.records import FrontendKey, Move, Provenance, Watch
 from sockhop.datapath.sockets import Socket
 from sockhop.kernel.cgroups import cgroups_above
 from sockhop.kernel.netns import socket_netns_cookie
-from sockhop.kernel.syscall import disconnect
 from sockhop.model import endpoint, pack_address, unpack_address
 
 __all__ = ["Kept", "Mover", "Obstacle"]
@@ -49,7 +49,7 @@ class Obstacle(StrEnum):
     CONNECT = "connect"
     """The kernel does not connect it: no route, a policy."""
     NOT_PUT_BACK = "not_put_back"
-    """The program connected it in the very moment of the move, and it cannot be put back there."""
+    """The program connected or disconnected it in the very moment of the move, and it is not so."""
     NOT_BALANCED = "not_balanced"
     """It is connected, but no hook of ours has balanced it."""
     UNMANAGED = "unmanaged"
@@ -72,13 +72,13 @@ _LEAVES = frozenset({Obstacle.ELSEWHERE, Obstacle.NO_BACKEND, Obstacle.UNMANAGED
 
 
 class Kept(Exception):
-    """The socket was not moved. `peer`: where it is now, if that is not where it was."""
+    """The socket was not moved. `now`: it as it is now, if it is not as it was."""
 
-    def __init__(self, obstacle: Obstacle, reason: str, *, peer: _End | None = None) -> None:
+    def __init__(self, obstacle: Obstacle, reason: str, *, now: Socket | None = None) -> None:
         super().__init__(reason)
         self.obstacle = obstacle
         self.reason = reason
-        self.peer = peer
+        self.now = now
 
 
 class _Seen(NamedTuple):
@@ -200,10 +200,9 @@ class Mover:
         finally:
             self._maps.moves.delete(target.cookie)
 
-    def _dial(self, seen: _Seen, peer: _End | None, backend: int = 0) -> None:
+    def _dial(self, seen: _Seen, peer: _End, backend: int = 0) -> None:
         """Connect it, if *peer* is its peer until then; a second time: to where its program did."""
-        address, port = peer or (bytes(16), 0)
-        move = Move(address, seen.since, self._thread, backend, port)
+        move = Move(peer[0], seen.since, self._thread, backend, peer[1])
         self._maps.moves.set(seen.target.cookie, move)
         seen.own.connect(_sockaddr(seen.own, seen.dialled))
 
@@ -215,40 +214,39 @@ class Mover:
         """Undo the move if its program has connected or disconnected it while we connected it.
 
         What it dialled is noted, see bpf/move.h. No hook runs where it disconnects, but the local
-        port goes with the peer if the kernel had chosen it (__udp_disconnect()).
+        port goes with the peer if the kernel had chosen it (__udp_disconnect()). To disconnect it
+        as well could meet its program's next connect(): Kept has it severed while it is there.
         """
-        port, left, said = seen.port, False, "its program connects it again and again"
+        port, now, said = seen.port, 0, "its program connects it again and again"
         for _ in range(_TIMES_BACK):
-            watch, now = self._watch(seen), seen.own.getsockname()[1]
-            # 0: no hook has run, they are gone or in bypass.
-            dialled = watch.through not in (0, watch.dials + 1)
-            if not dialled and now == port:
+            now = seen.own.getsockname()[1]
+            if now == port and not self._watch(seen).noted:
                 break
-            peer = self._peer(seen)
-            if dialled and peer != (watch.address, watch.port) and (peer or left):
-                port = now
-                try:
-                    self._dial(seen, peer)
-                except OSError as error:
-                    # The hook's answer where its program has done something again.
-                    if error.errno not in (errno.ECANCELED, errno.EPERM):
-                        raise self._not_put_back(seen, _says(error)) from None
-                    said = _says(error)
-            elif not dialled and peer and port:
-                disconnect(seen.own)
-                port, left = 0, True
-            else:
+            # The note last: without one, the peer is not the program's.
+            peer, watch = self._peer(seen), self._watch(seen)
+            if peer is None or (watch.noted and peer == (watch.address, watch.port)):
                 break
+            if not watch.noted and now:
+                said = "its program has disconnected it meanwhile"
+                raise Kept(Obstacle.NOT_PUT_BACK, said, now=_at(seen, peer, now))
+            if not watch.noted:
+                _bind(seen.own)
+                continue
+            port = now
+            try:
+                self._dial(seen, peer)
+            except OSError as error:
+                said = f"its program has connected it meanwhile; again, {_says(error)}"
+                # The hook's answer where its program has done something once more.
+                if error.errno not in (errno.ECANCELED, errno.EPERM):
+                    raise Kept(Obstacle.NOT_PUT_BACK, said, now=_at(seen, peer, now)) from None
         else:
-            raise self._not_put_back(seen, said)
-        if watch.dials:
+            there = self._peer(seen)
+            raise Kept(Obstacle.NOT_PUT_BACK, said, now=there and _at(seen, there, now))
+        if self._watch(seen).dials:
             raise Kept(Obstacle.ELSEWHERE, "its program has connected it elsewhere")
-        if left or now != port:
+        if now != port:
             raise Kept(Obstacle.ELSEWHERE, "its program has disconnected it")
-
-    def _not_put_back(self, seen: _Seen, said: str) -> Kept:
-        reason = f"its program has connected it meanwhile; again, {said}"
-        return Kept(Obstacle.NOT_PUT_BACK, reason, peer=self._peer(seen))
 
     def _peer(self, seen: _Seen) -> _End | None:
         """What it is really connected to; getpeername() gives the frontend instead of a backend."""
@@ -287,11 +285,11 @@ class Mover:
             if not seen.backend:
                 raise Kept(Obstacle.UNMANAGED, "the service is not for this socket")
             reason = f"no hook has balanced it; it is at {endpoint_of(seen.dialled)} now"
-            raise Kept(Obstacle.NOT_BALANCED, reason, peer=seen.dialled)
+            raise Kept(Obstacle.NOT_BALANCED, reason, now=_at(seen, seen.dialled, seen.port))
         there = after.backend_address, after.backend_port
         if not self._fits(seen, there[0]):  # the service has just changed
             other = Candidate(after.backend, *there)
-            raise Kept(Obstacle.SOURCE, self._misfit(seen, other), peer=there)
+            raise Kept(Obstacle.SOURCE, self._misfit(seen, other), now=_at(seen, there, seen.port))
         return f"to {endpoint_of(there)}{taken}"
 
 
@@ -308,6 +306,19 @@ def _there(candidates: list[Candidate]) -> str:
     if len(candidates) > 1:
         return f"to one of {len(candidates)} backends"
     return f"to {endpoint_of(candidates[0][1:3])}"
+
+
+def _at(seen: _Seen, peer: _End, port: int) -> Socket:
+    return seen.target._replace(remote_address=peer[0], remote_port=peer[1], local_port=port)
+
+
+def _bind(own: socket.socket) -> None:
+    """Have the kernel choose a local port if it has none: only then anybody finds it.
+
+    The kernel does so before it looks how long a datagram is (inet_sendmsg()).
+    """
+    with suppress(OSError):
+        own.send(bytes(1 << 16), socket.MSG_DONTWAIT)
 
 
 def _says(error: OSError) -> str:

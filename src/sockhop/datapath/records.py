@@ -286,6 +286,11 @@ class Watch(NamedTuple):
     through: int = 0
     port: int = 0
 
+    @property
+    def noted(self) -> bool:
+        """Whether it has since. Without a `through` no hook has run: they are gone, or bypassed."""
+        return self.through not in (0, self.dials + 1)
+
 
 class OwnerRecord(NamedTuple):
     """A descriptor of a socket; `command` is padded with NUL, OWNER_BOUND in `userlocks`."""

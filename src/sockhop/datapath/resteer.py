@@ -26,7 +26,7 @@ from sockhop.datapath.sockets import Socket
 from sockhop.errors import SystemLackError
 from sockhop.kernel.bpffs import one_at_a_time
 from sockhop.kernel.procfs import borrowed, find_holders
-from sockhop.kernel.syscall import KernelError
+from sockhop.kernel.syscall import KernelError, grace_period
 
 __all__ = ["MoveOutcome", "Obstacle", "Resteerer", "Sever"]
 
@@ -133,17 +133,22 @@ class Resteerer:
         It is to begin well before they are connected: a program's connect() whose hook has run
         before, and that connects only then, is noticed only if it went to a frontend.
         """
-        settings, moves, watched = self._maps.settings, self._maps.moves, self._maps.watched
         with one_at_a_time(self._directory):
-            for entries in (moves, watched):
-                entries.delete_many(entries.keys())  # of one that was killed
-            watched.update_many((cookie, Watch()) for cookie in cookies)
-            settings.set(Setting.MOVING, 1)
+            self._forget()  # what one that was killed has left
+            self._maps.watched.update_many((cookie, Watch()) for cookie in cookies)
+            self._maps.settings.set(Setting.MOVING, 1)
             try:
                 yield
             finally:
-                settings.set(Setting.MOVING, 0)
-                watched.delete_many(watched.keys())
+                self._forget()
+
+    def _forget(self) -> None:
+        moves, watched = self._maps.moves, self._maps.watched
+        self._maps.settings.set(Setting.MOVING, 0)
+        if left := watched.keys():
+            grace_period()  # or a hook notes something in what is another socket's entry by then
+            watched.delete_many(left)
+        moves.delete_many(moves.keys())
 
     def find_owners(self, targets: Sequence[Socket]) -> dict[int, list[Owner]]:
         """Return the processes that have a descriptor, by the sockets' cookies."""
@@ -195,7 +200,7 @@ def _outcomes(
     """Sever what could not be moved, and return what became of each."""
     ended = {}
     if sever and (hopeless := [n for n, reason in kept.items() if reason.obstacle.severs]):
-        now = [_at(wanted[cookie], kept[cookie].peer) for cookie in hopeless]
+        now = [kept[cookie].now or wanted[cookie] for cookie in hopeless]
         ended = {each.socket.cookie: each for each in sever(now)}
     return [
         MoveOutcome(target, Action.RESTEERED, done[cookie])
@@ -211,12 +216,6 @@ def _kept(target: Socket, reason: Kept, end: Outcome | None) -> MoveOutcome:
     if end and end.action not in (Action.SEVERED, Action.GONE):
         text += f"; not severed: {end.reason}"
     return MoveOutcome(target, action, text, reason.obstacle)
-
-
-def _at(target: Socket, peer: tuple[bytes, int] | None) -> Socket:
-    if peer is None:
-        return target
-    return target._replace(remote_address=peer[0], remote_port=peer[1])
 
 
 def _load_owners(stack: ExitStack) -> Owners | None:

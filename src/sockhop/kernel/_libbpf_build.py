@@ -128,7 +128,6 @@ uint8_t btf_int_encoding(const struct btf_type *t);
 int setns(int fd, int nstype);
 int sockhop_membarrier(int cmd);
 int sockhop_pidfd_getfd(int pidfd, int fd);
-int sockhop_disconnect(int fd);
 int sockhop_open_cgroup(int any_cgroup, __u64 id);
 #define CLONE_NEWNET ...
 #define MEMBARRIER_CMD_GLOBAL ...
@@ -187,7 +186,6 @@ SOURCE = r"""
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #include <linux/bpf.h>
@@ -276,13 +274,6 @@ static int sockhop_membarrier(int cmd)
 static int sockhop_pidfd_getfd(int pidfd, int fd)
 {
     return syscall(SYS_pidfd_getfd, pidfd, fd, 0);
-}
-
-static int sockhop_disconnect(int fd)
-{
-    struct sockaddr nowhere = { .sa_family = AF_UNSPEC };
-
-    return connect(fd, &nowhere, sizeof(nowhere));
 }
 
 static int sockhop_open_cgroup(int any_cgroup, __u64 id)

@@ -2,12 +2,11 @@
 
 import errno
 import os
-import socket
 
 from sockhop.errors import SystemLackError
 from sockhop.kernel._libbpf import ffi, lib
 
-__all__ = ["KernelError", "check", "disconnect", "grace_period", "last_log"]
+__all__ = ["KernelError", "check", "grace_period", "last_log"]
 
 
 class KernelError(SystemLackError):
@@ -48,12 +47,3 @@ def grace_period() -> None:
     """
     if lib.sockhop_membarrier(lib.MEMBARRIER_CMD_GLOBAL) < 0:
         raise KernelError("membarrier(MEMBARRIER_CMD_GLOBAL)", ffi.errno)
-
-
-def disconnect(own: socket.socket) -> None:
-    """Take its peer from a UDP socket, and its local port too where the kernel had chosen that.
-
-    connect(2) with AF_UNSPEC, for which Python has no address. OSError where the kernel refuses.
-    """
-    if lib.sockhop_disconnect(own.fileno()) < 0:
-        raise OSError(ffi.errno, os.strerror(ffi.errno))
