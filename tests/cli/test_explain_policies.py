@@ -32,10 +32,10 @@ WEB = {
 }
 
 
-@pytest.fixture
-def policed(sandbox: Sandbox) -> Iterator[Sandbox]:
-    with sandbox.agent(sandbox.manifest(manifest(NO, ONLY, services=[WEB]))):
-        yield sandbox
+@pytest.fixture(scope="module")
+def policed() -> Iterator[Sandbox]:
+    with Sandbox() as made, made.agent(made.manifest(manifest(NO, ONLY, services=[WEB]))):
+        yield made
 
 
 def explain(sandbox: Sandbox, what: object) -> tuple[int, dict[str, Any]]:
