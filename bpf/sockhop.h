@@ -223,7 +223,9 @@ struct datagram_peer {
 
 #define DATAGRAM_PEERS 4
 
-/* Threads may share a socket, and sendmsg hooks run without its lock. */
+/* Threads may share a socket. All kernels run the hooks of sendmsg and recvmsg with it locked, see
+ * BPF_CGROUP_RUN_SA_PROG_LOCK; the lock here is for readers, and for kernels that would not.
+ */
 struct datagram_peers {
 	struct datagram_peer peer[DATAGRAM_PEERS];
 	struct bpf_spin_lock lock;

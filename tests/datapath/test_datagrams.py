@@ -4,13 +4,14 @@ import errno
 import socket
 import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from sockhop.datapath.records import Total
 from sockhop.model import Algorithm, Backend, BackendState, Service
 from tests.datapath.node import Node, backend, service
-from tests.datapath.udp import FORMS, RECEIVERS, Answer, Echoes, Request, both, udp
+from tests.datapath.udp import FORMS, RECEIVERS, Answer, Echoes, Request, both, connect_raw, udp
 
 pytestmark = pytest.mark.kernel
 
@@ -365,3 +366,68 @@ def test_bypass_leaves_datagrams_alone(node: Node, echoes: Echoes, form: str) ->
             assert client.recvfrom(100)[1][0] == real
         assert counts(node, form, 2) == (0, 0)
         assert echoes.ask(client, form.format(1)) == first
+
+
+# --- mutants -----------------------------------------------------------------------------------
+
+
+def leave_and_name(node: Node, echoes: Echoes) -> int:
+    """Send to the frontend from a socket that was connected to it; return who is asked."""
+    node.install(at(1, *both(1)))
+    with udp(FORMS["IPv4"]) as client:
+        client.connect(("10.9.0.1", 53))
+        connect_raw(client, struct.pack("=H14x", socket.AF_UNSPEC))
+        node.install(at(1, *both(2)))
+        return echoes.answer(client, ("10.9.0.1", 53))
+
+
+def test_one_that_has_left_its_peer_is_given_another(node: Node, echoes: Echoes) -> None:
+    assert leave_and_name(node, echoes) == 2
+
+
+def test_mutant_that_does_not_look_at_the_peer(node: Node, echoes: Echoes, tmp_path: Path) -> None:
+    look = "p->frontend_address, key->address) ||\n\t    !is_connected_to("
+    with node.mutated(tmp_path, (look, look.replace("!is", "0 && !is"))):
+        assert leave_and_name(node, echoes) == 1
+
+
+def named_again(node: Node, echoes: Echoes, _: Echoes) -> None:
+    test_a_connected_socket_may_name_its_peer_again(node, echoes, FORMS["IPv4"])
+
+
+def late(node: Node, echoes: Echoes, _: Echoes) -> None:
+    test_a_late_answer_still_comes_from_the_frontend(node, echoes, FORMS["IPv4"])
+
+
+def latest(node: Node, _: Echoes, crowd: Echoes) -> None:
+    test_where_two_services_are_one_backend_the_latest_has_the_answer(node, crowd, FORMS["IPv4"], 0)
+
+
+def many(node: Node, _: Echoes, crowd: Echoes) -> None:
+    test_one_socket_talks_to_fifty_services(node, crowd, FORMS["IPv4"])
+
+
+def shared(node: Node, echoes: Echoes, _: Echoes) -> None:
+    test_services_that_share_backends_get_different_ones(node, echoes, FORMS["IPv4"])
+
+
+MUTANTS: dict[str, tuple[Callable[[Node, Echoes, Echoes], None], tuple[str, str]]] = {
+    "asks others than its peer": (named_again, ("if (names_its_peer(", "if (0 && names_its_peer(")),
+    "forgets who was asked": (late, ("lead_back(cookie, &before);", ";")),
+    "takes the first for the latest": (latest, ("if (peer->used < latest ||", "if (latest ||")),
+    "forgets those without room": (many, ("\tlead_back(cookie, peer);", ";")),
+    "shares backends": (shared, ("if (choose_other(frontend, &other))", "if (0)")),
+}
+
+
+@pytest.mark.parametrize(("shows", "change"), MUTANTS.values(), ids=MUTANTS)
+def test_mutant_that(
+    node: Node,
+    echoes: Echoes,
+    crowd: Echoes,
+    tmp_path: Path,
+    shows: Callable[[Node, Echoes, Echoes], None],
+    change: tuple[str, str],
+) -> None:
+    with node.mutated(tmp_path, change), pytest.raises(AssertionError):
+        shows(node, echoes, crowd)
