@@ -366,7 +366,8 @@ server = socket.create_server(("{NEAR}", 80))
         assert process.stdout
         assert process.stdin
         fd, local = process.stdout.readline().split()
-        for name in (f"{process.pid}:{fd}", local):
+        # With the peer: some other namespace may have the same local address and port.
+        for name in (f"{process.pid}:{fd}", f"{local}>{NEAR}:80"):
             status, told = explain(node, name)
             assert (status, told["local"]) == (1, local)
             assert told["netns"] == Path(f"/proc/{process.pid}/ns/net").stat().st_ino
