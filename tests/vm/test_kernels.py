@@ -4,6 +4,7 @@ SOCKHOP_VM_KERNELS: series, separated by commas, such as 5.10,6.1,newest.
 """
 
 import os
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -60,9 +61,14 @@ def summary(report: Report, chosen: Iterable[str]) -> dict[str, Capability]:
             why = f"no {need} ({report.lacking[need]})"
             found[name] = Capability(0, len(tests), why)
             continue
-        said = dict.fromkeys(report.messages.get(test, "failed") for test in bad)
+        said = dict.fromkeys(_brief(report.messages.get(test, "failed")) for test in bad)
         found[name] = Capability(len(tests) - len(bad), len(tests), "; ".join(list(said)[:_MOST]))
     return found
+
+
+def _brief(message: str) -> str:
+    """Return what pytest says of an error, without its class and the run's own directory."""
+    return re.sub(r" with the pins in [^:]*", "", re.sub(r"^sockhop[\w.]+: ", "", message))
 
 
 def outcomes(report: Report, capability: str) -> dict[str, str]:
