@@ -38,7 +38,7 @@ CAPABILITIES = {
         "tests/datapath/test_policies.py::test_the_cgroup_in_which_a_socket_was_made_counts",
     ],
     "resteering": [
-        "tests/datapath/test_resteer.py::test_its_next_datagram_arrives",
+        "tests/resteer/test_moves.py::test_its_next_datagram_arrives",
     ],
     "splicing": [
         "tests/splice/test_agent.py::test_a_service_that_is_named",
