@@ -49,6 +49,7 @@ CAPABILITIES = {
     "spliced connections end as plain ones": [
         "tests/splice/test_sequences.py::test_spliced_connections_end_as_plain_ones",
     ],
+    "kTLS sockets are not spliced": ["tests/splice/test_others.py::test_ktls"],
     "auditing sockmaps, pair check, healing": [
         "tests/diagnose/test_audit.py::test_live_entries_and_stale_ones",
         "tests/diagnose/test_heal.py::test_the_incident_is_found_and_cured[Place.VETH4]",
@@ -67,6 +68,7 @@ NEEDS = {
     "severing by netlink": "SOCK_DESTROY for TCP",
     "splicing": "netns cookie in sock_ops",
     "spliced connections end as plain ones": "netns cookie in sock_ops",
+    "kTLS sockets are not spliced": "netns cookie in sock_ops",
     "every BPF object loads": "sk_storage in iterators",
 }
 

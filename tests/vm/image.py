@@ -39,7 +39,7 @@ cd {repo}
 sockhop features -o json >/features || true
 echo "FEATURES $(busybox tr -d '\n' </features)"
 echo BEGIN
-{python} -m pytest -p no:cacheprovider -v --color=no --tb=short {arguments}
+{python} -m pytest -p no:cacheprovider -v --color=no --tb=short -m '' {arguments}
 echo "END $?"
 busybox poweroff -f
 """
