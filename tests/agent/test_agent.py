@@ -193,7 +193,7 @@ def test_the_watchdog_is_fed(
     assert agent.process.wait(20) == 0
 
 
-KILLS = int(os.environ.get("SOCKHOP_KILLS", "20"))
+KILLS = int(os.environ.get("SOCKHOP_KILLS", "12"))
 
 
 @pytest.mark.timeout(3600)

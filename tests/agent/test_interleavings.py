@@ -15,7 +15,7 @@ from tests.sandbox import Agent, Sandbox, ServerThread, publish, wait_until
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(3600)]
 
-STEPS = int(os.environ.get("SOCKHOP_STEPS", "60"))
+STEPS = int(os.environ.get("SOCKHOP_STEPS", "40"))
 # An address of the namespace's own: while everything is bypassed, whoever listens there answers.
 ADDRESS = "10.96.0.1"
 

@@ -18,7 +18,7 @@ from tests.sandbox import Sandbox
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(600)]
 
-FLIPS = int(os.environ.get("SOCKHOP_FLIPS", "300000"))
+FLIPS = int(os.environ.get("SOCKHOP_FLIPS", "100000"))
 
 TAKE_ANY = (
     "	return READ_ONCE(found->key.frontend) == key->frontend &&\n"

@@ -271,7 +271,7 @@ def test_good_documents_are_taken_by_both(document: dict[str, Any]) -> None:
     agree(document)
 
 
-@settings(max_examples=700, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(mutated())
 @example({"version": 1.0, "services": []})
 @example({"version": True, "services": []})
@@ -291,7 +291,7 @@ def test_bad_documents_are_refused_by_both(document: dict[str, Any]) -> None:
     agree(document)
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.text(st.sampled_from("0123456789abcF.:[]/"), max_size=24)
     | st.from_regex(SCHEMA["$defs"]["endpoint"]["pattern"], fullmatch=True)
