@@ -182,7 +182,9 @@ def test_the_backend_counts_not_the_frontend(policed: Policed, node: Node, kind:
 
 
 MUTANT_BEFORE_BALANCING = {
-    "tcp": ("if (is_denied_connect4(ctx))\n\t\t\treturn REJECT;", ""),
+    "tcp": ("rewrite4(ctx, choice.slot.address, choice.slot.port);\n"
+            "\t\tif (is_denied_connect4(ctx))\n\t\t\treturn REJECT;",
+            "rewrite4(ctx, choice.slot.address, choice.slot.port);"),
     "sendto": ("rewrite4(ctx, choice.slot.address, choice.slot.port);\n\tdefault:\n"
                "\t\treturn is_denied_sendmsg4(ctx) ? REJECT : ALLOW;",
                "rewrite4(ctx, choice.slot.address, choice.slot.port);\n\t\treturn ALLOW;\n"
