@@ -100,6 +100,7 @@ def unhealthy(agent: Agent) -> list[str]:
 # --- what results mean ----------------------------------------------------------------------------
 
 
+@pytest.mark.unit
 @given(st.lists(st.booleans(), min_size=1, max_size=60), st.integers(1, 5), st.integers(1, 5))
 def test_an_opinion_turns_after_so_many_equal_results(
     results: list[bool], rise: int, fall: int
@@ -135,6 +136,7 @@ def states(desired: Desired) -> list[BackendState]:
     return [backend.state for backend in desired.services[0].frontends[0].backends]
 
 
+@pytest.mark.unit
 def test_only_active_backends_are_quarantined() -> None:
     known = service(None, *BackendState)
     found = [UnhealthyBackend("shop/web", f"10.1.0.{n}", 80, "refused", 0.0) for n in range(1, 5)]
@@ -145,6 +147,7 @@ def test_only_active_backends_are_quarantined() -> None:
     assert with_quarantine(Desired((known,)), other).services[0] is known
 
 
+@pytest.mark.unit
 def test_what_is_installed_as_quarantined_stays_so_until_its_check_succeeds() -> None:
     """Across an agent's death, and across a change of the check. No check, no quarantine."""
 

@@ -182,8 +182,6 @@ def test_shows_the_main_job_and_leaves_nothing(demo: Demo) -> None:
     ("moment", "number"),
     [
         ("^sockhop on Linux", signal.SIGINT),
-        (r"^ 1\. a stage", signal.SIGINT),
-        ("the service, in services.yaml", signal.SIGINT),
         ("a client loop: curl", signal.SIGINT),
         ("taken out of services.yaml", signal.SIGTERM),
         ("the agent is stopped", signal.SIGHUP),
