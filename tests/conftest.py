@@ -1,6 +1,7 @@
 """Fixtures, and the rule for skipping: only where a probe failed, and never in CI."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,11 @@ def _missing() -> str:
         if kind not in types:
             return f"no {kind} filesystem is mounted"
     return ""
+
+
+def pytest_configure() -> None:
+    # A shell that starts this in the background has SIGINT ignored, and all that starts inherits it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
