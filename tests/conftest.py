@@ -22,7 +22,7 @@ def _missing() -> str:
 
 
 def pytest_configure() -> None:
-    # A shell that starts this in the background has SIGINT ignored, and all that starts inherits it.
+    # A shell that starts this in the background has SIGINT ignored, which all inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
