@@ -7,16 +7,16 @@ from typing import NamedTuple
 from sockhop.bench.connect import DIRECT, HAPROXY, NFTABLES, SOCKHOP
 from sockhop.bench.messages import Operation
 from sockhop.bench.report import ConnectReport, Result, Run
+from sockhop.bench.svg import FAINT, INK, document, legend, machine_text, moved, text
 from sockhop.model import Protocol
 
-__all__ = ["FAINT", "INK", "draw", "text"]
+__all__ = ["draw"]
 
 _COLOURS = {DIRECT: "#9aa5b1", SOCKHOP: "#1f6feb", NFTABLES: "#e8912d", HAPROXY: "#b5485d"}
 _TITLES = {
     Operation.CONNECT: "connect, close",
     Operation.ASK: "connect, 64 bytes there and back, close",
 }
-INK, FAINT = "#1f2933", "#616e7c"
 
 _MARGIN = 24
 _PANEL_WIDTH = 520
@@ -51,21 +51,14 @@ def draw(report: ConnectReport) -> str:
     rows = [max(a.height, b.height) for a, b in zip(left, right, strict=True)]
     width = 2 * _PANEL_WIDTH + 3 * _MARGIN
     height = _HEAD + sum(rows) + len(rows) * _MARGIN
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        f'viewBox="0 0 {width} {height}" font-family="system-ui, sans-serif" font-size="12">',
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-        *_head(report),
-    ]
+    parts = list(_head(report))
     top = _HEAD
     for pair, row in zip(zip(left, right, strict=True), rows, strict=True):
         for column, panel in enumerate(pair):
             x = _MARGIN + column * (_PANEL_WIDTH + _MARGIN)
-            parts.append(f'<g transform="translate({x},{top})">')
-            parts += _draw_panel(panel)
-            parts.append("</g>")
+            parts += moved(x, top, _draw_panel(panel))
         top += row + _MARGIN
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    return document(width, height, parts)
 
 
 def _panel(report: ConnectReport, operation: Operation, protocol: Protocol) -> _Panel:
@@ -81,21 +74,15 @@ def _panel(report: ConnectReport, operation: Operation, protocol: Protocol) -> _
 
 
 def _head(report: ConnectReport) -> Iterator[str]:
-    machine = report.machine
     yield text(_MARGIN, 32, "Time of one connection, by number of services", size=18, bold=True)
     yield text(
         _MARGIN,
         52,
         f"median and quartiles of {report.rounds} interleaved samples; in brackets: × direct, "
-        f"median of the rounds.  {machine.cpu}, {machine.cpus} CPUs, Linux {machine.kernel}, "
-        f"{machine.date[:10]}",
+        f"median of the rounds.  {machine_text(report.machine)}",
         colour=FAINT,
     )
-    x = _MARGIN
-    for peer, colour in _COLOURS.items():
-        yield f'<rect x="{x}" y="66" width="12" height="12" rx="2" fill="{colour}"/>'
-        yield text(x + 18, 76, peer)
-        x += 100
+    yield from legend(_MARGIN, ((peer, colour, 100) for peer, colour in _COLOURS.items()))
 
 
 def _draw_panel(panel: _Panel) -> Iterator[str]:
@@ -128,21 +115,3 @@ def _draw_bar(result: Result, y: int, scale: float) -> Iterator[str]:
     ratio = "" if result.peer == DIRECT else f"  ({result.to_direct.median:.2f} ×)"
     end = max(high, x + time.median * scale)
     yield text(end + 8, y + 11, f"{time.median / 1000:.1f} µs{ratio}", colour=FAINT)
-
-
-def text(  # noqa: PLR0913
-    x: float,
-    y: float,
-    said: str,
-    *,
-    size: int = 12,
-    bold: bool = False,
-    colour: str = INK,
-    anchor: str = "start",
-) -> str:
-    """Return an SVG text at x, y."""
-    weight = ' font-weight="600"' if bold else ""
-    return (
-        f'<text x="{x:.1f}" y="{y}" font-size="{size}" fill="{colour}" '
-        f'text-anchor="{anchor}"{weight}>{escape(said)}</text>'
-    )

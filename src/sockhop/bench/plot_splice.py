@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from html import escape
 from typing import NamedTuple
 
-from sockhop.bench.plot import FAINT, INK, text
 from sockhop.bench.report import SpliceReport, SpliceResult, Spread
+from sockhop.bench.svg import FAINT, INK, document, legend, machine_text, moved, text
 
 __all__ = ["draw_splice"]
 
@@ -43,20 +43,13 @@ def draw_splice(report: SpliceReport) -> str:
         heights[shorter] += panel.height + _MARGIN
     width, height = 2 * _WIDTH + 3 * _MARGIN, _HEAD + max(heights)
     highest = max(_spread(r).upper for p in panels for _, results in p.groups for r in results)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        f'viewBox="0 0 {width} {height}" font-family="system-ui, sans-serif" font-size="12">',
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-        *_head(report),
-    ]
+    parts = list(_head(report))
     for number, column in enumerate(columns):
         x, y = _MARGIN + number * (_WIDTH + _MARGIN), _HEAD
         for panel in column:
-            parts.append(f'<g transform="translate({x},{y})">')
-            parts += _draw_panel(panel, min(highest, 4.0))
-            parts.append("</g>")
+            parts += moved(x, y, _draw_panel(panel, min(highest, 4.0)))
             y += panel.height + _MARGIN
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    return document(width, height, parts)
 
 
 def _spread(result: SpliceResult) -> Spread:
@@ -86,21 +79,17 @@ def _panels(report: SpliceReport) -> list[_Panel]:
 
 
 def _head(report: SpliceReport) -> Iterator[str]:
-    machine = report.machine
     yield text(_MARGIN, 32, "Speed of local TCP, as a multiple of plain TCP", size=18, bold=True)
     yield text(
         _MARGIN,
         52,
         f"median and quartiles of {report.rounds} interleaved rounds; on one CPU: work for each "
-        f"CPU second.  {machine.cpu}, {machine.cpus} CPUs, Linux {machine.kernel}, "
-        f"{machine.date[:10]}",
+        f"CPU second.  {machine_text(report.machine)}",
         colour=FAINT,
     )
-    x = _MARGIN
-    for peer, colour in _COLOURS.items():
-        yield f'<rect x="{x}" y="66" width="12" height="12" rx="2" fill="{colour}"/>'
-        yield text(x + 18, 76, peer)
-        x += 30 + 7 * len(peer)
+    yield from legend(
+        _MARGIN, ((peer, colour, 30 + 7 * len(peer)) for peer, colour in _COLOURS.items())
+    )
 
 
 def _draw_panel(panel: _Panel, highest: float) -> Iterator[str]:
