@@ -1,9 +1,7 @@
-"""Where a fault lies: the way, an echo, other places, a remote command, kubelet's log."""
+"""Where a fault lies: the way, an echo, other places, kubelet's log."""
 
-import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,13 +9,11 @@ from pathlib import Path
 import pytest
 
 from sockhop.diagnose.causes import Cause
-from sockhop.diagnose.dial import Question, Result
+from sockhop.diagnose.dial import Question
 from sockhop.diagnose.doctor import diagnose
 from sockhop.diagnose.kubelet import probe_failures
 from sockhop.diagnose.ping import ping
-from sockhop.diagnose.remote import dial_remotely
 from sockhop.diagnose.topology import Topology, name_of
-from sockhop.errors import InputError
 from sockhop.kernel import netns
 from sockhop.kernel.namespaces import Namespaces
 from sockhop.model import pack_address
@@ -26,7 +22,6 @@ from tests.diagnose.load import SERVER, Server
 from tests.diagnose.test_doctor import NOBODY, causes, origin, rules
 from tests.splice.stage import Place, Stage
 
-BIN = Path(sys.executable).parent
 PROBE = 'prober.go] Readiness probe for POD failed (failure): Get "http://{}/health": context'
 
 
@@ -34,11 +29,6 @@ PROBE = 'prober.go] Readiness probe for POD failed (failure): Get "http://{}/hea
 def stage() -> Iterator[Stage]:
     with Stage(spliced=False) as made:
         yield made
-
-
-def afar(stage: Stage, *words: str) -> list[str]:
-    """Return a command that runs another one in the other namespace, as ssh does elsewhere."""
-    return ["nsenter", f"--net={stage.other}", *words]
 
 
 def question(port: int, path: str = "/health") -> Question:
@@ -98,73 +88,6 @@ def test_ping(stage: Stage, place: Place) -> None:
     with rules(stage.sandbox.netns, "input meta l4proto { icmp, icmpv6 } drop"):
         assert ping(far, address, count=1) is None
     assert ping(far, pack_address("203.0.113.1")) is None
-
-
-@pytest.mark.kernel
-def test_remote_with_sockhop_there(stage: Stage) -> None:
-    prefix = afar(stage, "env", f"PATH={BIN}:/usr/bin:/bin")
-    with Server(stage) as server:
-        row = dial_remotely(prefix, question(server.port))
-        assert (row.results, row.failed, row.percent) == ({Result.ANSWERED: 1}, 0, 0)
-        assert row.origin.startswith(f"remote (nsenter --net={stage.other} env ")
-    row = dial_remotely(prefix, question(7, ""))
-    assert (row.results, row.failed, row.percent) == ({Result.REFUSED: 1}, 1, 100)
-
-
-@pytest.mark.kernel
-def test_remote_with_curl_there(stage: Stage) -> None:
-    prefix = afar(stage, "env", "PATH=/usr/bin:/bin")
-
-    def asked(port: int, path: str = "/health") -> Result:
-        (result,) = dial_remotely(prefix, question(port, path)).results
-        return result
-
-    for does, result in (
-        ("answer", Result.ANSWERED),
-        ("nothing", Result.SILENT),
-        ("close", Result.CLOSED),
-    ):
-        with Server(stage, does) as server:
-            assert asked(server.port) is result
-            if result.is_good:
-                assert asked(server.port, "") is Result.CONNECTED
-    assert asked(7) is Result.REFUSED
-    with rules(stage.sandbox.netns, "input tcp dport 7 drop"):
-        assert asked(7) is Result.TIMEOUT
-
-
-@pytest.mark.kernel
-def test_a_remote_that_cannot() -> None:
-    for prefix in (["env", "PATH=/nonexistent"], ["false"]):
-        with pytest.raises(InputError, match="neither sockhop nor curl runs there"):
-            dial_remotely(prefix, question(80))
-    with pytest.raises(InputError, match="there is no command 'nowhere'"):
-        dial_remotely(["nowhere"], question(80))
-
-
-@pytest.mark.kernel
-def test_only_the_remote_fails(stage: Stage) -> None:
-    with (
-        Server(stage) as server,
-        rules(stage.sandbox.netns, f"input iifname near tcp dport {server.port} drop"),
-        ExitStack() as stack,
-    ):
-        stack.enter_context(netns.entered(stage.sandbox.netns))
-        options = ("--count", "2", "--timeout", "1s", "--http", "/health")
-        remote = f"nsenter --net={stage.other} env PATH=/usr/bin:/bin"
-        target = f"{SERVER}:{server.port}"
-        told = sockhop(stage.sandbox, "doctor", target, *options, "--remote", remote, "-o", "json")
-        assert told.returncode == 1
-        found = json.loads(told.stdout)
-        here, there = found["dialled"][:2]
-        assert (here["failed"], there["failed"]) == (0, 2)
-        (conclusion,) = found["conclusions"]
-        assert conclusion["cause"] == Cause.FILTERED
-        assert conclusion["origin"] == f"remote ({remote})"
-        assert any("from here all succeed" in each for each in found["evidence"])
-        # In a shell, & would end the command that ssh runs there.
-        wrong = sockhop(stage.sandbox, "doctor", target, "--http", "/a&reboot", "--remote", remote)
-        assert (wrong.returncode, "could mean something to a shell" in wrong.stderr) == (2, True)
 
 
 @pytest.mark.kernel

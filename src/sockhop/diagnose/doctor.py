@@ -92,6 +92,8 @@ def diagnose(
     dialled from, too, and kubelet's logs are read, unless *alone*. *pins*: the bpffs directory of
     an agent, if one runs; *logs*: kubelet's, None for where they usually are.
     """
+    # First: a command that does not get there is said at once.
+    afar = [dial_remotely(each, question) for each in remotes]
     asked: list[tuple[Origin, Dialling]] = []
     conclusions: list[Conclusion] = []
     with Visitor() as visitor:
@@ -102,7 +104,6 @@ def diagnose(
                 asked.append((origin, dialling))
                 conclusions += (_conclusion(each, origin.name) for each in found)
         ways = doctor.ways([origin for origin, _ in asked])
-        afar = [dial_remotely(each, question) for each in remotes]
         conclusions += [_only_afar(each) for each in afar if each.failed and not conclusions]
         rows = [row for _, row in asked] + afar
         fails = any(each.failed for each in rows)
@@ -248,7 +249,7 @@ class _Doctor:
                 Found(
                     Cause.BACKEND_GONE,
                     f"the backend {name}, dialled by itself: {attempt.result}",
-                    "take it out of the service, or `sockhop backend quarantine` it",
+                    "start it, or take it out of the service, as `health` does by itself",
                 )
             )
         return found
