@@ -11,7 +11,6 @@ import pytest
 from sockhop.diagnose.causes import Cause
 from sockhop.diagnose.dial import Question
 from sockhop.diagnose.doctor import diagnose
-from sockhop.diagnose.kubelet import probe_failures
 from sockhop.diagnose.ping import ping
 from sockhop.diagnose.topology import Topology, name_of
 from sockhop.kernel import netns
@@ -153,19 +152,3 @@ def test_only_what_leads_there_is_dialled_from(monkeypatch: pytest.MonkeyPatch) 
         # The mutant: a route is enough.
         monkeypatch.setattr(Topology, "_leads", lambda self, place: self._routes[place])
         assert inodes["far"] in {each.inode for each in ways.sources()}
-
-
-@pytest.mark.unit
-def test_lines_of_kubelet(tmp_path: Path) -> None:
-    log = tmp_path / "kubelet.INFO"
-    lines = [
-        PROBE.format("10.0.1.7:8080"),
-        PROBE.format("10.0.1.7:80801"),
-        PROBE.format("110.0.1.7:8080"),
-        "connected to 10.0.1.7:8080",
-        'E1121 "Probe failed" output="Get \\"http://10.0.1.7:8080/health\\": context" ' + "x" * 999,
-    ]
-    log.write_text("\n".join([*(["noise"] * 300_000), *lines]))
-    found = probe_failures("10.0.1.7:8080", [log, tmp_path / "none"], journal=False)
-    assert [each[:20] for each in found] == [lines[0][:20], lines[4][:20]]
-    assert max(map(len, found)) == 400

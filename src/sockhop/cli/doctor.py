@@ -59,9 +59,10 @@ _COLUMNS = (
     "--kubelet-log",
     "logs",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, exists=True),
     metavar="PATH",
-    help="Where kubelet's log is [default: the usual files, and the journal].",
+    help="Where kubelet's log is: a file, or a journal's directory or file; may be given several "
+    "times [default: the usual files, and the journal].",
 )
 @click.option("--alone", is_flag=True, help="Do not dial from other places, too, if one fails.")
 @click.option(

@@ -117,14 +117,8 @@ def diagnose(
         rows + compared,
         conclusions,
         seen,
-        _of_kubelet(question, logs) if fails and not alone else [],
+        probe_failures(question.name, logs) if fails and not alone else [],
     )
-
-
-def _of_kubelet(question: Question, logs: Sequence[Path] | None) -> list[str]:
-    if logs is None:
-        return probe_failures(question.name)
-    return probe_failures(question.name, logs, journal=False)
 
 
 def _only_afar(row: Dialling) -> Conclusion:

@@ -1,9 +1,8 @@
 """Finds what kubelet has logged of failed probes of an address, in a bounded part of its logs."""
 
 import re
-import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,26 +11,38 @@ __all__ = ["LOGS", "probe_failures"]
 LOGS = (
     Path("/var/log/kubernetes/kubelet.INFO"),
     Path("/var/log/kubelet.log"),
+    Path("/var/lib/rancher/rke2/agent/logs/kubelet.log"),
     Path("/var/log/syslog"),
     Path("/var/log/messages"),
 )
 _TAIL = 1 << 20
 _JOURNALS = (Path("/var/log/journal"), Path("/run/log/journal"))
-_JOURNAL = ("journalctl", "-u", "kubelet", "-n", "2000", "--no-pager", "-q", "-o", "short-iso")
+_UNITS = ("kubelet", "k3s", "k3s-agent", "k0scontroller", "k0sworker",
+          "snap.microk8s.daemon-kubelite")  # fmt: skip
+"""In whose journal kubelet writes: its own unit's, or that of the program it is a part of."""
+_JOURNAL = ("journalctl", "-n", "2000", "--no-pager", "-q", "-o", "short-iso")
 _SECONDS = 5
 _LINE_MAX = 400
 
 
-def probe_failures(target: str, logs: Sequence[Path] = LOGS, *, journal: bool = True) -> list[str]:
+def probe_failures(target: str, logs: Sequence[Path] | None = None) -> list[str]:
     """Return the lines about probes of *target*, `address:port`, oldest first in each log.
 
-    Of each file the last MiB is looked at, of the journal the last 2,000 lines of the unit kubelet.
+    *logs*: files, and journals (directories, or files that end in .journal); None: where kubelet's
+    log usually is. Of each file the last MiB is looked at, of a journal the last 2,000 lines of
+    the units that kubelet may be in. What cannot be read has no lines.
     """
     named = re.compile(rf"(?<![\d.]){re.escape(target)}(?!\d)")
-    lines = [line for path in logs for line in _tail(path)]
-    if journal:
+    lines = [line for path in (LOGS if logs is None else logs) for line in _lines(path)]
+    if logs is None and any(each.is_dir() for each in _JOURNALS):
         lines += _journal()
     return [line[:_LINE_MAX] for line in lines if "probe" in line.lower() and named.search(line)]
+
+
+def _lines(path: Path) -> Iterable[str]:
+    if path.is_dir():
+        return _journal("--directory", str(path))
+    return _journal("--file", str(path)) if path.suffix == ".journal" else _tail(path)
 
 
 def _tail(path: Path) -> Iterator[str]:
@@ -40,12 +51,15 @@ def _tail(path: Path) -> Iterator[str]:
         yield from log.read(_TAIL).decode(errors="replace").splitlines()
 
 
-def _journal() -> list[str]:
-    if not shutil.which(_JOURNAL[0]) or not any(each.is_dir() for each in _JOURNALS):
-        return []
+def _journal(*where: str) -> list[str]:
+    units = [word for each in _UNITS for word in ("-u", each)]
     with suppress(OSError, subprocess.TimeoutExpired):
         done = subprocess.run(
-            _JOURNAL, capture_output=True, check=False, timeout=_SECONDS, stdin=subprocess.DEVNULL
+            [*_JOURNAL, *units, *where],
+            capture_output=True,
+            check=False,
+            timeout=_SECONDS,
+            stdin=subprocess.DEVNULL,
         )
         return done.stdout.decode(errors="replace").splitlines()
     return []
