@@ -24,6 +24,8 @@ pytestmark = pytest.mark.kernel
 SO_COOKIE = 57
 WEB, WEB6, DNS, OWN, NEAR = "10.96.0.10", "fd00:96::10", "10.96.0.11", "10.96.0.1", "127.77.0.1"
 TCP_BACKEND, UDP_BACKEND, BACKEND6 = "127.0.0.1:7001", "127.0.0.1:7002", "[::1]:7003"
+HERE = f"127.{128 + (os.getpid() >> 16)}.{os.getpid() >> 8 & 255}.{os.getpid() & 255}"
+"""Where clients are that are named by their own end: nobody has it in another namespace."""
 SERVICES: dict[str, Any] = {
     "web": {"frontends": [f"{WEB}:80"], "backends": [TCP_BACKEND]},
     "six": {"frontends": [f"[{WEB6}]:80"], "backends": [BACKEND6], "algorithm": "round-robin"},
@@ -104,7 +106,7 @@ def bypassed(node: Node) -> Iterator[None]:
 
 def test_every_way_to_name_a_socket(node: Node) -> None:
     begin = time.time()
-    with socket.create_connection((WEB, 80)) as client:
+    with socket.create_connection((WEB, 80), source_address=(HERE, 0)) as client:
         local, cookie = text_of(client.getsockname()), cookie_of(client)
         status, told = explain(node, descriptor(client))
         since = datetime.fromisoformat(told["origin"].pop("since")).timestamp()
@@ -177,8 +179,8 @@ def test_families_protocols_and_rules(node: Node) -> None:
 
 CHILD = """
 import socket, sys
-host, port = sys.argv[1], int(sys.argv[2])
-client = socket.create_connection((host, port))
+host, port, *own = sys.argv[1:]
+client = socket.create_connection((host, int(port)), source_address=(own[0], 0) if own else None)
 print(client.fileno(), "%s:%d" % client.getsockname(), flush=True)
 sys.stdin.read()
 """
@@ -199,7 +201,7 @@ def child(command: list[str], *arguments: object) -> Iterator[tuple[int, str, st
 
 
 def test_a_socket_of_another_process(node: Node) -> None:
-    with child([], WEB, 80) as (pid, fd, local):
+    with child([], WEB, 80, HERE) as (pid, fd, local):
         comm = Path(f"/proc/{pid}/comm").read_text().strip()
         for name in (f"{pid}:{fd}", local):
             status, told = explain(node, name)
@@ -262,6 +264,7 @@ def test_a_backend_that_changes(sandbox: Sandbox) -> None:
 
 def test_datagrams(node: Node) -> None:
     with udp() as client:
+        client.bind((HERE, 0))
         client.sendto(b"?", (DNS, 53))
         assert client.recvfrom(100)[1] == (DNS, 53)
         client.sendto(b"?", ("10.97.0.1", 53))
@@ -273,7 +276,7 @@ def test_datagrams(node: Node) -> None:
             ("many", "10.97.0.1:53/udp", UDP_BACKEND, "active", True),
             ("dns", f"{DNS}:53/udp", UDP_BACKEND, "active", False),
         ]
-        local = f"0.0.0.0:{client.getsockname()[1]}"
+        local = text_of(client.getsockname())
         for name in (cookie_of(client), local, f"{local}/udp"):
             assert explain(node, name) == (0, told)
         shown = node.sandbox.sockhop("explain", descriptor(client)).stdout
