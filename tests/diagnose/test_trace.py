@@ -273,6 +273,7 @@ def test_where_symbols_are_hidden() -> None:
         (["10.0.0.1"], "no address with a port"),
         (["10.0.0.1:80", "--http", "health"], "no path"),
         (["10.0.0.1:80", "--http", "/", "--from", "nowhere"], "--from nowhere"),
+        (["10.0.0.1:80", "--from", "host"], "give --http, too"),
     ],
 )
 def test_bad_input(arguments: list[str], says: str) -> None:

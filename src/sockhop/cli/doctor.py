@@ -9,7 +9,7 @@ import click
 
 from sockhop.cli.options import bpffs_path, global_options, output_option, parse_duration
 from sockhop.cli.output import Column, counted, print_rows, print_value
-from sockhop.cli.target import namespace_at, parse_question
+from sockhop.cli.target import dial_options, namespace_at, parse_question
 from sockhop.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _PLAIN = r"/[A-Za-z0-9/_.~%?=+,:@-]*"
-_HOST = "/proc/1/ns/net"
 _LAST = 3
 """So many lines of kubelet's log are shown."""
 _COLUMNS = (
@@ -38,14 +37,13 @@ _COLUMNS = (
 
 @click.command(epilog="Example: sockhop doctor 10.0.1.7:8080 --http /health")
 @click.argument("target", metavar="ADDRESS:PORT", required=False)
-@click.option("--http", metavar="PATH", help="Ask for this path on each connection.")
-@click.option(
-    "--from",
-    "origins",
-    multiple=True,
-    metavar="NETNS",
-    help="Dial from this network namespace, a name of `ip netns` or a path, instead of from here; "
-    "may be given several times. `host`: that of the node; `all`: all that lead there.",
+@dial_options(
+    http="Ask for this path on each connection.",
+    origin="Dial from",
+    also="`all`: all that lead there.",
+    counted="Connections from each place.",
+    count=5,
+    timeout="How long a connection, and an answer, may take.",
 )
 @click.option(
     "--remote",
@@ -65,21 +63,6 @@ _COLUMNS = (
     "times [default: the usual files, and the journal].",
 )
 @click.option("--alone", is_flag=True, help="Do not dial from other places, too, if one fails.")
-@click.option(
-    "--count",
-    type=click.IntRange(1, 1000),
-    default=5,
-    show_default=True,
-    help="Connections from each place.",
-)
-@click.option(
-    "--timeout",
-    default="1s",
-    show_default=True,
-    metavar="DURATION",
-    callback=parse_duration,
-    help="How long a connection, and an answer, may take.",
-)
 @click.option(
     "--watch",
     "watching",
@@ -123,7 +106,7 @@ def command(  # noqa: PLR0913, PLR0917 (click passes them by name)
     Something counts when two looks in a row have seen it. Exit status 1 if it harms at the end.
     """
     if watching:
-        if target or http or origins:
+        if target or http or origins or remotes:
             raise InputError("--watch looks at the whole node: no address goes with it")
         from sockhop.cli.doctor_watch import watch  # noqa: PLC0415 (slow to import)
 
@@ -181,7 +164,7 @@ def _origins(names: tuple[str, ...], question: "Question") -> "list[Origin]":
             ways = Topology(Namespaces().all(), question.address)
             found += [Origin(name_of(each), each) for each in ways.owners() + ways.sources()]
             continue
-        found.append(Origin(name, namespace_at(_HOST if name == "host" else name)))
+        found.append(Origin(name, namespace_at(name)))
     return found
 
 

@@ -6,7 +6,8 @@ import click
 
 from sockhop.cli.options import bpffs_path, global_options, output_option, parse_duration
 from sockhop.cli.output import counted, print_value
-from sockhop.cli.target import namespace_at, parse_question
+from sockhop.cli.target import dial_options, namespace_at, parse_question
+from sockhop.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,29 +31,12 @@ def command() -> None:
 @click.argument("target", metavar="ADDRESS:PORT")
 @click.option("--pid", type=click.IntRange(1), help="Only connections of this process.")
 @click.option("--comm", help="Only connections of programs of this name.")
-@click.option(
-    "--http", metavar="PATH", help="Make connections that ask for this path, and trace those."
-)
-@click.option(
-    "--from",
-    "origin",
-    metavar="NETNS",
-    help="Make them from this network namespace, a name of `ip netns` or a path.",
-)
-@click.option(
-    "--count",
-    type=click.IntRange(1, 1000),
-    default=10,
-    show_default=True,
-    help="How many connections --http makes.",
-)
-@click.option(
-    "--timeout",
-    default="1s",
-    show_default=True,
-    metavar="DURATION",
-    callback=parse_duration,
-    help="How long an answer to --http may take.",
+@dial_options(
+    http="Make connections that ask for this path, and trace those.",
+    origin="Make them from",
+    counted="How many connections --http makes from each place.",
+    count=10,
+    timeout="How long an answer to --http may take.",
 )
 @click.option(
     "--for",
@@ -78,7 +62,7 @@ def path(  # noqa: PLR0913, PLR0917 (click passes them by name)
     pid: int | None,
     comm: str | None,
     http: str | None,
-    origin: str | None,
+    origins: tuple[str, ...],
     count: int,
     timeout: float,
     seconds: float,
@@ -95,11 +79,13 @@ def path(  # noqa: PLR0913, PLR0917 (click passes them by name)
     from sockhop.diagnose.trace import Program, trace  # noqa: PLC0415 (slow to import)
 
     question = parse_question(target, http, count, timeout)
+    if origins and http is None:
+        raise InputError("--from says where --http makes connections: give --http, too")
     found = trace(
         (question.address, question.port),
         seconds=seconds,
         most=most,
-        dial=None if http is None else _dialler(question, origin),
+        dial=None if http is None else _dialler(question, origins),
         begun=lambda: click.echo(f"tracing {question.name}; Ctrl-C ends it", err=True),
         of=Program(pid, comm),
     )
@@ -112,14 +98,15 @@ def path(  # noqa: PLR0913, PLR0917 (click passes them by name)
     return int(found.unanswered is not None)
 
 
-def _dialler(question: "Question", origin: str | None) -> "Callable[[], None]":
+def _dialler(question: "Question", origins: tuple[str, ...]) -> "Callable[[], None]":
     from sockhop.diagnose.dial import dialled  # noqa: PLC0415 (slow to import)
 
-    place = namespace_at(origin) if origin else None
+    places = [namespace_at(each) if each else None for each in origins or ("",)]
 
     def dial() -> None:
-        with dialled(place, question):
-            pass
+        for place in places:
+            with dialled(place, question):
+                pass
 
     return dial
 
