@@ -20,6 +20,7 @@ from sockhop.diagnose.heal import heal
 from sockhop.diagnose.visit import Visitor
 from sockhop.diagnose.watch import Watch
 from sockhop.kernel import netns
+from sockhop.kernel._libbpf import lib
 from sockhop.kernel.namespaces import Namespaces
 from tests.diagnose.incident import incident
 from tests.diagnose.invoke import sockhop
@@ -63,6 +64,26 @@ def test_the_incident_is_found_once_and_its_end() -> None:
         heal([at.audit()], lose_unread=True)
         assert ours(watch.look().over, at.stage, number) == both
         assert ours(list(watch.findings.values()), at.stage, number) == []
+
+
+def test_a_pair_without_a_stale_entry_is_found_once_and_its_end() -> None:
+    """Two namespaces use the same addresses, and one map; in one an end is not in it."""
+    with incident() as at, Watch() as watch:
+        client, _ = at.connect(Place.LOOPBACK4, at.listen(Place.LOOPBACK4))
+        here, there = client.getsockname(), client.getpeername()
+        (key,) = (each.key for each in at.audit(0).look.all() if each.ends.local_port == here[1])
+        assert lib.bpf_map_delete_elem(at.map.fd, key) == 0
+        with netns.entered(at.stage.other), socket.create_server(there) as listener:
+            other = socket.create_connection(there, source_address=here)
+            at.keep(other, listener.accept()[0])
+        other.sendall(b"request")
+        # In each of the two, one end finds the other namespace's socket under its peer's key.
+        assert ours(watch.look().begun, at.stage) == [Cause.HALF_SPLICED] * 2
+        # Only now and then all connections are looked at without a stale entry.
+        for _ in range(3):
+            assert ours(watch.look().over, at.stage) == []
+        other.close()
+        assert ours(watch.look().over, at.stage) == [Cause.HALF_SPLICED] * 2
 
 
 def test_a_full_queue_is_found_and_its_end() -> None:

@@ -46,7 +46,7 @@ class Watch:
 
     A look reads every sockmap and sockhash, and the queues of all listening TCP sockets; and where
     an entry is stale that can be in the way of others, all TCP sockets (a few milliseconds for each
-    network namespace). Needs root and Linux 5.14.
+    network namespace). Needs root and Linux 5.10.
     """
 
     causes = (Cause.STALE_ENTRY, Cause.HALF_SPLICED, Cause.NOT_ACCEPTING)
@@ -127,7 +127,11 @@ class Watch:
         # two namespaces use the same addresses, and their sockets share a map.
         filled = [each for each in audits if each.result.in_the_way and each.result.entries]
         self._looks += bool(filled)
-        if not any(each.look.stale for each in filled) and self._looks % _SELDOM != 1:
+        if not (
+            any(each.look.stale for each in filled)
+            or any(each.cause is Cause.HALF_SPLICED for each in self.findings.values())
+            or self._looks % _SELDOM == 1
+        ):
             return
         first = visitor.ends(places)
         if not check_pairs(first, first, audits).findings:
