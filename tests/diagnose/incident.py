@@ -18,7 +18,7 @@ from tests.sandbox import wait_until
 from tests.splice.stage import Place, Stage
 from tests.splice.vanilla import vanilla
 
-__all__ = ["Incident", "incident", "insert", "new_map", "reset"]
+__all__ = ["Incident", "incident", "insert", "is_closed", "new_map", "reset"]
 
 PATIENCE = 0.3
 
@@ -76,7 +76,7 @@ class Incident:
         assert server.recv(9) == b"ping"
         port = client.getsockname()[1]
         reset(client)
-        wait_until(lambda: _is_closed(server), "the reset")
+        wait_until(lambda: is_closed(server), "the reset")
         return server, port
 
     def stuck(
@@ -92,7 +92,8 @@ class Incident:
         return listener, old, client, server
 
 
-def _is_closed(of: socket.socket) -> bool:
+def is_closed(of: socket.socket) -> bool:
+    """Whether the connection is over."""
     return of.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == b"\x07"
 
 

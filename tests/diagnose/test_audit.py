@@ -13,9 +13,9 @@ from sockhop.diagnose.keys import parse_key
 from sockhop.diagnose.visit import Visitor, open_sockmap
 from sockhop.errors import InputError
 from sockhop.model import pack_address
-from tests.diagnose.incident import incident, insert, new_map, reset
+from tests.diagnose.incident import incident, insert, is_closed, new_map, reset
 from tests.diagnose.invoke import sockhop
-from tests.sandbox import Sandbox
+from tests.sandbox import Sandbox, wait_until
 from tests.splice.stage import Place, Stage
 
 pytestmark = pytest.mark.kernel
@@ -122,6 +122,28 @@ def test_layouts_are_recognised(sandbox: Sandbox) -> None:
             insert(of, key, server)
             states = [each.state for each in look(visitor, of, found.layout).odd]
             assert states == [EntryState.OTHER], name
+
+
+def test_closed_sockets_alone_tell_the_layout(sandbox: Sandbox) -> None:
+    """A server's socket whose connection was reset has lost its local port."""
+    with ExitStack() as stack, Visitor() as visitor:
+        maps, ports = {}, set()
+        for client, server in (pair() for _ in range(3)):
+            stack.enter_context(server)
+            ports.add(server.getsockname()[1])
+            for name, (called, key) in layouts(server).items():
+                if name not in maps:
+                    maps[name] = new_map(stack, called, len(key))
+                insert(maps[name], key, server)
+            reset(client)
+            wait_until(lambda of=server: is_closed(of), "the reset")  # type: ignore[misc]
+        del maps["cookie"]
+        for name, of in maps.items():
+            found = look(visitor, of)
+            assert {each.socket.local_port for each in found.stale.values()} == {0}
+            assert found.layout is not None
+            assert found.layout.name == name
+            assert {each.ends.local_port for each in found.stale.values()} == ports, name
 
 
 def test_a_layout_that_nobody_knows_is_inferred(sandbox: Sandbox) -> None:

@@ -30,6 +30,9 @@ def choose_layout(layouts: Layouts, of: OpenMap, entries: Entries) -> KeyLayout 
     if best and live.get(best.name):
         return best
     rows = [(sample.key(n), sample.socket(n)) for n in range(len(sample))]
+    for layout in known:
+        if sum(_agrees(layout, *row) for row in rows) > len(rows) // 2:
+            return layout
     if found := infer_layout(rows):
         return found
     return plausible_layout([key for key, _ in rows], known, of.info.name)
@@ -44,6 +47,22 @@ def plausible_layout(
         if all(map(layout.is_plausible, keys)) and (keys or named):
             return layout
     return None
+
+
+def _agrees(layout: KeyLayout, key: bytes, held: AuditSocket) -> bool:
+    """Tell whether a key names what its socket still has: a closed one has lost its local port."""
+    says = layout.ends(key)
+    has = (held.local_address, held.remote_address, held.local_port, held.remote_port)
+    return bool(
+        held.is_internet
+        and held.remote_port
+        and says.remote_port
+        and all(said in (None, kept) for said, kept in zip(says, has, strict=True) if _is_set(kept))
+    )
+
+
+def _is_set(end: bytes | int) -> bool:
+    return any(end) if isinstance(end, bytes) else bool(end)
 
 
 def infer_layout(rows: Sequence[tuple[bytes, AuditSocket]]) -> KeyLayout | None:
@@ -71,11 +90,12 @@ def _found(key: bytes, held: AuditSocket) -> Iterator[tuple[int, Field]]:
     """Yield where the ends of *held* stand in *key*."""
     for name, address in (("sip", held.local_address), ("dip", held.remote_address)):
         raw = address[12:] if is_mapped(address) else address
-        for at in _places(key, raw):
+        for at in _places(key, raw) if any(raw) else ():
             yield at, Field(name, len(raw))
     for name, port in (("sport", held.local_port), ("dport", held.remote_port)):
         for order, word in (("be", "big"), ("le", "little")):
-            for at in _places(key, port.to_bytes(2, word)):  # type: ignore[arg-type]
+            raw = port.to_bytes(2, word)  # type: ignore[arg-type]
+            for at in _places(key, raw) if port else ():
                 yield at, Field(name, 2, order)
 
 
