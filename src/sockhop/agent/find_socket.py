@@ -4,7 +4,6 @@ import itertools
 import os
 import re
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
@@ -13,6 +12,7 @@ from typing import NamedTuple, TypeAlias
 
 from sockhop.datapath.sockets import TCP_STATES, Sockets
 from sockhop.errors import InputError, SockhopError
+from sockhop.kernel.cookies import socket_cookie
 from sockhop.kernel.netns import current_cookie, entered, inode
 from sockhop.kernel.procfs import (
     Holder,
@@ -33,7 +33,6 @@ _NAMES = {socket.IPPROTO_TCP: "tcp", socket.IPPROTO_UDP: "udp"}
 _LISTEN = TCP_STATES.index("LISTEN") + 1
 _DESCRIPTOR = r"\d+:\d+"
 _SHOWN = 5
-_SO_COOKIE = 57
 
 _End: TypeAlias = tuple[bytes, int]
 
@@ -99,7 +98,7 @@ def cookie_at(text: str) -> int | None:
         return None
     pid, number = map(int, text.split(":"))
     with suppress(KernelError, OSError), borrowed(Holder("", pid, number)) as own:
-        return int.from_bytes(own.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8), sys.byteorder)
+        return socket_cookie(own)
     return None
 
 

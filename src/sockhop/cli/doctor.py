@@ -22,6 +22,7 @@ __all__ = ["command"]
 _PLAIN = r"/[A-Za-z0-9/_.~%?=+,:@-]*"
 _LAST = 3
 """So many lines of kubelet's log are shown."""
+_BACKEND = Column("BACKEND", "backend")
 _COLUMNS = (
     Column("FROM", "origin"),
     Column("CONNECTIONS", "attempts"),
@@ -169,15 +170,12 @@ def _origins(names: tuple[str, ...], question: "Question") -> "list[Origin]":
 
 
 def _print(found: "Diagnosis", output: str) -> None:
-    owners = ", ".join(map(str, found.owners[:5])) + (", ..." if len(found.owners) > 5 else "")
-    if found.owners:
-        click.echo(f"{found.target} is an address of network namespace {owners}")
-    elif not found.loopback:
-        click.echo(f"{found.target} is an address of no network namespace of this node")
-    for way in found.ways:
-        click.echo(f"way: {way}")
-    click.echo()
+    if where := _where(found):
+        click.echo("\n".join((*where, "")))
     print_rows(found.dialled, _COLUMNS, output)
+    if found.backends:
+        click.echo()
+        print_rows(found.backends, (_BACKEND, *_COLUMNS), output)
     for each in found.conclusions:
         click.echo(
             f"\n{each.cause} (from {each.origin}; layer: {each.layer})\n"
@@ -191,6 +189,19 @@ def _print(found: "Diagnosis", output: str) -> None:
     if not any(each.failed for each in found.dialled):
         number = sum(each.attempts for each in found.dialled)
         click.echo(f"\nnothing is wrong: {counted(number, 'connection')} of {number:,} succeed")
+
+
+def _where(found: "Diagnosis") -> list[str]:
+    """Return what is known of the target's address, and of the way there."""
+    ways = [f"way: {way}" for way in found.ways]
+    if found.service:
+        return [f"{found.target} is a frontend of {found.service}", *ways]
+    if found.owners:
+        owners = ", ".join(map(str, found.owners[:5])) + (", ..." if len(found.owners) > 5 else "")
+        return [f"{found.target} is an address of network namespace {owners}", *ways]
+    if found.loopback:
+        return ways
+    return [f"{found.target} is an address of no network namespace of this node", *ways]
 
 
 def _print_lines(title: str, lines: list[str]) -> None:

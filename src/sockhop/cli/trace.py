@@ -113,12 +113,13 @@ def _dialler(question: "Question", origins: tuple[str, ...]) -> "Callable[[], No
 
 def _say_where(question: "Question") -> None:
     """Tell of the backends if there can be no connection to the address itself."""
-    from sockhop.diagnose.frontends import backends_of  # noqa: PLC0415 (slow to import)
-    from sockhop.model import endpoint, unpack_address  # noqa: PLC0415
+    from sockhop.diagnose.frontends import Address, Frontends, named  # noqa: PLC0415 (slow)
+    from sockhop.kernel.netns import current_cookie  # noqa: PLC0415
 
-    backends = backends_of(bpffs_path(), (question.address, question.port))
-    if backends is not None:
-        names = ", ".join(endpoint(unpack_address(each.address), each.port) for each in backends)
+    with Frontends(bpffs_path()) as frontends:
+        frontend = frontends.at(Address(question.address, question.port), current_cookie())
+    if frontend is not None:
+        names = ", ".join(named(Address(each.address, each.port)) for each in frontend.backends)
         click.echo(
             f"note: {question.name} is a frontend: connections that are balanced go to its "
             f"backends, {names or 'of which there is none'}; trace one of those"

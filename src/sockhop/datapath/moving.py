@@ -3,7 +3,6 @@
 import errno
 import random
 import socket
-import struct
 from contextlib import suppress
 from enum import StrEnum
 from typing import NamedTuple, TypeAlias
@@ -15,12 +14,12 @@ from sockhop.datapath.outcome import Action
 from sockhop.datapath.records import FrontendKey, Move, Provenance, Watch
 from sockhop.datapath.sockets import Socket
 from sockhop.kernel.cgroups import cgroups_above
+from sockhop.kernel.cookies import socket_cookie
 from sockhop.kernel.netns import socket_netns_cookie
 from sockhop.model import endpoint, pack_address, unpack_address
 
 __all__ = ["Kept", "Mover", "Obstacle"]
 
-_SO_COOKIE = 57
 _ATTEMPTS = 3
 _TIMES_BACK = 100
 _End: TypeAlias = tuple[bytes, int]
@@ -327,8 +326,7 @@ def _says(error: OSError) -> str:
 
 
 def _is_same(own: socket.socket, target: Socket) -> bool:
-    (cookie,) = struct.unpack("=Q", own.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8))
-    return bool(cookie == target.cookie)
+    return socket_cookie(own) == target.cookie
 
 
 def _since(origin: Provenance | None) -> int:

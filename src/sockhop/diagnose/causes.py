@@ -17,6 +17,7 @@ class Cause(StrEnum):
     STALE_ENTRY = "stale sockmap entry"
     HALF_SPLICED = "half-spliced pair"
     NO_BACKEND = "no backend"
+    NOT_BALANCED = "not balanced"
     BACKEND_GONE = "backend that is gone"
     DENIED = "policy denial"
     MTU = "MTU black hole"
@@ -37,6 +38,7 @@ _LAYERS = {
     Cause.STALE_ENTRY: "sockets: a sockmap",
     Cause.HALF_SPLICED: "sockets: a sockmap",
     Cause.NO_BACKEND: "balancing",
+    Cause.NOT_BALANCED: "balancing",
     Cause.BACKEND_GONE: "balancing",
     Cause.DENIED: "policies",
     Cause.MTU: "packets: their size",

@@ -3,7 +3,7 @@
 import errno
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,6 +11,7 @@ from typing import NamedTuple, Self
 
 import msgspec
 
+from sockhop.diagnose.frontends import Address
 from sockhop.kernel.namespaces import Namespace, entered
 from sockhop.model import endpoint, unpack_address
 
@@ -70,7 +71,8 @@ class Question:
 class Dialling(msgspec.Struct, frozen=True):
     """What came of dialling from one place: how many attempts ended how.
 
-    `compared`: that place was not asked for, but tried to tell where the fault lies.
+    `compared`: that place was not asked for, but tried to tell where the fault lies. `backend`:
+    only those that went there count.
     """
 
     origin: str
@@ -78,6 +80,7 @@ class Dialling(msgspec.Struct, frozen=True):
     failed: int
     results: dict[Result, int]
     compared: bool = False
+    backend: str = ""
 
     @property
     def percent(self) -> int:
@@ -85,22 +88,36 @@ class Dialling(msgspec.Struct, frozen=True):
         return round(100 * self.failed / self.attempts)
 
     @classmethod
-    def of(cls, origin: str, results: Mapping[Result, int], *, compared: bool = False) -> Self:
+    def of(
+        cls,
+        origin: str,
+        results: Mapping[Result, int],
+        *,
+        compared: bool = False,
+        backend: str = "",
+    ) -> Self:
         """Return what these results mean."""
         failed = sum(n for result, n in results.items() if not result.is_good)
-        return cls(origin, sum(results.values()), failed, dict(results), compared)
+        return cls(origin, sum(results.values()), failed, dict(results), compared, backend)
 
 
 class Attempt(NamedTuple):
-    """A connection that was tried: its result, an errno or 0, and its socket.
+    """A connection that was tried: its result, an errno or 0, its socket, its backend.
 
-    That is open if the attempt is the first that got no answer.
+    The socket is open if the attempt is the first at that backend that got no answer. `backend`:
+    where it went instead of where it was dialled.
     """
 
     result: Result
     errno: int
     seconds: float
     socket: socket.socket
+    backend: Address | None
+
+    @property
+    def kind(self) -> tuple[Result, Address | None]:
+        """What attempts have in common that went alike."""
+        return self.result, self.backend
 
 
 _RESULTS = {
@@ -120,17 +137,18 @@ def dialled(
     question: Question,
     *,
     small: bool = False,
+    backend_of: Callable[[socket.socket], Address | None] = lambda _: None,
 ) -> Iterator[Sequence[Attempt]]:
     """Connect one time after the other, and have the attempts while the body runs.
 
-    *place*: from there (None: from here). *small*: ask for small segments. NamespaceGone where
-    *place* is.
+    *place*: from there (None: from here). *small*: ask for small segments. *backend_of* tells where
+    a socket went. NamespaceGone where *place* is.
     """
     attempts: list[Attempt] = []
     try:
         for _ in range(question.count):
-            made = _attempt(place, question, small=small)
-            if any(each.result is made.result is Result.SILENT for each in attempts):
+            made = _attempt(place, question, small=small, backend_of=backend_of)
+            if any(each.kind == made.kind for each in attempts):
                 made.socket.close()
             attempts.append(made)
         yield attempts
@@ -139,7 +157,13 @@ def dialled(
             each.socket.close()
 
 
-def _attempt(place: Namespace | None, question: Question, *, small: bool) -> Attempt:
+def _attempt(
+    place: Namespace | None,
+    question: Question,
+    *,
+    small: bool,
+    backend_of: Callable[[socket.socket], Address | None],
+) -> Attempt:
     address = unpack_address(question.address)
     with entered(place) if place else nullcontext():
         made = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
@@ -157,9 +181,10 @@ def _attempt(place: Namespace | None, question: Question, *, small: bool) -> Att
     except OSError as error:
         number = error.errno or 0
         result = Result.CLOSED if connected else _RESULTS.get(number, Result.UNREACHABLE)
+    seconds, backend = time.monotonic() - begin, backend_of(made)
     if result is not Result.SILENT:
         made.close()
-    return Attempt(result, number, time.monotonic() - begin, made)
+    return Attempt(result, number, seconds, made, backend)
 
 
 def _ask(made: socket.socket, request: bytes) -> Result:

@@ -11,11 +11,10 @@ from pathlib import Path
 import msgspec
 
 from sockhop.datapath.listing import list_here
-from sockhop.datapath.records import BackendRecord
 from sockhop.datapath.sockets import Socket
 from sockhop.diagnose.causes import Cause
 from sockhop.diagnose.dial import Attempt, Dialling, Question, Result, dialled
-from sockhop.diagnose.frontends import backends_of
+from sockhop.diagnose.frontends import Address, Frontend, Frontends, named
 from sockhop.diagnose.kubelet import probe_failures
 from sockhop.diagnose.matrix import Origin, compare, evidence
 from sockhop.diagnose.pairs import examine, match_pairs, unread_from_stack
@@ -26,7 +25,9 @@ from sockhop.diagnose.sentences import (
     LISTEN,
     MTU,
     NO_BACKEND,
+    NOT_BALANCED,
     Found,
+    gone,
     is_stopped,
     not_accepting,
     not_there,
@@ -39,7 +40,7 @@ from sockhop.diagnose.visit import End, Visitor, open_sockmaps
 from sockhop.errors import SystemLackError
 from sockhop.kernel.namespaces import Namespace, NamespaceGone, Namespaces, entered
 from sockhop.kernel.procfs import find_holders
-from sockhop.model import endpoint, is_loopback, unpack_address
+from sockhop.model import is_loopback, unpack_address
 
 __all__ = ["Conclusion", "Diagnosis", "diagnose"]
 
@@ -56,17 +57,19 @@ class Conclusion(msgspec.Struct, frozen=True):
 
 class Diagnosis(msgspec.Struct, frozen=True):
     """The answer for a target. `owners`: the namespaces (inodes) that have its address, none if it
-    is a `loopback` one, which every namespace has.
+    is a `loopback` one, which every namespace has. `service`: whose frontend it is.
 
-    `evidence`: what else was tried where something fails, and what that rules out; `kubelet`: lines
-    of its log about the target.
+    `backends`: the same connections by where they went. `evidence`: what else was tried where
+    something fails, and what that rules out; `kubelet`: lines of its log about the target.
     """
 
     target: str
+    service: str
     loopback: bool
     owners: list[int]
     ways: list[Way]
     dialled: list[Dialling]
+    backends: list[Dialling]
     conclusions: list[Conclusion]
     evidence: list[str]
     kubelet: list[str]
@@ -95,30 +98,49 @@ def diagnose(
     # First: a command that does not get there is said at once.
     afar = [dial_remotely(each, question) for each in remotes]
     asked: list[tuple[Origin, Dialling]] = []
+    backends: list[Dialling] = []
     conclusions: list[Conclusion] = []
-    with Visitor() as visitor:
-        doctor = _Doctor(visitor, pins, question)
+    with Visitor() as visitor, Frontends(pins) as frontends:
+        doctor = _Doctor(visitor, frontends, question)
         for origin in origins:
             with suppress(NamespaceGone):
-                dialling, found = doctor.visit(origin)
-                asked.append((origin, dialling))
+                attempts, found = doctor.visit(origin)
+                asked.append(
+                    (origin, Dialling.of(origin.name, Counter(e.result for e in attempts)))
+                )
+                backends += _by_backend(origin, attempts)
                 conclusions += (_conclusion(each, origin.name) for each in found)
         ways = doctor.ways([origin for origin, _ in asked])
         conclusions += [_only_afar(each) for each in afar if each.failed and not conclusions]
         rows = [row for _, row in asked] + afar
         fails = any(each.failed for each in rows)
         compared = doctor.compare(origins) if fails and not alone else []
-        seen = evidence(question, asked, [*afar, *compared]) if fails and not alone else []
+        others = [*afar, *compared]
+        balanced = bool(doctor.service)
+        seen = evidence(question, asked, others, balanced=balanced) if fails and not alone else []
     return Diagnosis(
         question.name,
+        doctor.service,
         is_loopback(unpack_address(question.address)),
         sorted({each.inode for each in doctor.owners()}),
         ways,
         rows + compared,
+        backends,
         conclusions,
         seen,
         probe_failures(question.name, logs) if fails and not alone else [],
     )
+
+
+def _by_backend(origin: Origin, attempts: Sequence[Attempt]) -> list[Dialling]:
+    results: dict[Address, Counter[Result]] = {}
+    for each in attempts:
+        if each.backend:
+            results.setdefault(each.backend, Counter())[each.result] += 1
+    return [
+        Dialling.of(origin.name, found, backend=named(where))
+        for where, found in sorted(results.items())
+    ]
 
 
 def _only_afar(row: Dialling) -> Conclusion:
@@ -135,9 +157,9 @@ def _conclusion(of: Found, origin: str) -> Conclusion:
 
 
 class _Doctor:
-    def __init__(self, visitor: Visitor, pins: Path, question: Question) -> None:
+    def __init__(self, visitor: Visitor, frontends: Frontends, question: Question) -> None:
         self._visitor = visitor
-        self._pins = pins
+        self._frontends = frontends
         self._question = question
         self._places = Namespaces().all()
         if not self._places:
@@ -146,68 +168,112 @@ class _Doctor:
                 hint="this needs root, to enter them",
             )
         self._here = _own_namespace(self._places)
-        loopback = is_loopback(unpack_address(question.address))
-        self._topology = None if loopback else Topology(self._places, question.address)
+        self._topologies: dict[bytes, Topology | None] = {}
+        frontend = self._frontend(self._here)
+        self.service = frontend.service if frontend else ""
 
-    def visit(self, origin: Origin) -> tuple[Dialling, list[Found]]:
-        found: list[Found] = []
-        with dialled(origin.place, self._question) as attempts:
-            results = Counter(each.result for each in attempts)
-            for result in results:
-                first = next(each for each in attempts if each.result is result)
-                if not result.is_good:
-                    found += self._explain(origin, first)
-        causes = {each.cause: each for each in found}
-        return Dialling.of(origin.name, results), list(causes.values())
+    def visit(self, origin: Origin) -> tuple[Sequence[Attempt], list[Found]]:
+        """Dial from *origin*; return how that went, and what is wrong, one for each cause."""
+        found: dict[tuple[Cause, Address | None], Found] = {}
+        with dialled(
+            origin.place, self._question, backend_of=self._frontends.backend_of
+        ) as attempts:
+            kinds: dict[tuple[Result, Address | None], Attempt] = {}
+            for attempt in attempts:
+                kinds.setdefault(attempt.kind, attempt)
+            for attempt in kinds.values():
+                if not attempt.result.is_good:
+                    why = self._explain(origin, attempt)
+                    found[why.cause, attempt.backend] = why
+        return attempts, list(found.values())
 
     def ways(self, origins: Sequence[Origin]) -> list[Way]:
         """Return how each of *origins* gets to the target; none where it is a frontend."""
-        if self._topology is None or self._backends() is not None:
+        topology = self._topology(self._question)
+        if topology is None or self.service:
             return []
-        found = [self._topology.way(each.name, each.place or self._here) for each in origins]
+        found = [topology.way(each.name, each.place or self._here) for each in origins]
         return [each for each in found if each]
 
     def compare(self, origins: Sequence[Origin]) -> list[Dialling]:
         """Dial from where nobody has asked for: where the address is, and from some others."""
-        if self._topology is None or self._backends() is not None:
+        topology = self._topology(self._question)
+        if topology is None or self.service:
             return []
         known = {(each.place or self._here).inode for each in origins}
-        owners = [each for each in self.owners() if each.inode not in known]
+        owners = [each for each in topology.owners() if each.inode not in known]
         # Where the way is not known to lead there, the address may be that of another.
-        others = self._topology.sources() if self.owners() else []
+        others = topology.sources() if topology.owners() else []
         return compare(self._question, owners, [each for each in others if each.inode not in known])
 
-    def owners(self, place: Namespace | None = None) -> list[Namespace]:
-        """Return the namespaces that have the target's address; a loopback one is *place*'s own."""
-        if self._topology is None:
-            return [each for each in self._places if place and each.inode == place.inode]
-        return self._topology.owners()
+    def owners(self) -> list[Namespace]:
+        """Return the namespaces that have the target's address, none for a loopback one."""
+        topology = self._topology(self._question)
+        return topology.owners() if topology else []
+
+    def _owners(self, target: Question, place: Namespace) -> list[Namespace]:
+        """Return the namespaces that have an address; a loopback one is *place*'s own."""
+        topology = self._topology(target)
+        if topology is None:
+            return [each for each in self._places if each.inode == place.inode]
+        return topology.owners()
+
+    def _topology(self, target: Question) -> Topology | None:
+        """Return what leads to an address, None for a loopback one."""
+        if is_loopback(unpack_address(target.address)):
+            return None
+        if target.address not in self._topologies:
+            self._topologies[target.address] = Topology(self._places, target.address)
+        return self._topologies[target.address]
+
+    def _frontend(self, place: Namespace) -> Frontend | None:
+        return self._frontends.at(
+            Address(self._question.address, self._question.port), place.cookie
+        )
 
     # --- one failure --------------------------------------------------------------------------
 
-    def _explain(self, origin: Origin, attempt: Attempt) -> list[Found]:
-        backends = self._backends()
-        if backends is not None:
-            if attempt.result is Result.UNREACHABLE:
-                return [NO_BACKEND]
-            if attempt.result in (Result.REFUSED, Result.TIMEOUT):
-                return self._of_backends(origin, backends)
+    def _explain(self, origin: Origin, attempt: Attempt) -> Found:
+        if attempt.backend is None:
+            return self._not_balanced(origin, attempt) or self._of_server(
+                origin, attempt, self._question
+            )
+        address, port = attempt.backend
+        backend = replace(self._question, address=address, port=port, count=1)
+        if attempt.result in (Result.REFUSED, Result.TIMEOUT):
+            with dialled(origin.place, replace(backend, path="")) as (alone,):
+                if not alone.result.is_good:
+                    return gone(named(attempt.backend), alone.result)
+        found = self._of_server(origin, attempt, backend)
+        return found._replace(because=f"at the backend {named(attempt.backend)}: {found.because}")
+
+    def _not_balanced(self, origin: Origin, attempt: Attempt) -> Found | None:
+        """Say why a connection to a frontend went to no backend; None where it is no frontend."""
+        frontend = self._frontend(origin.place or self._here)
+        if frontend is None:
+            return None
+        # EPERM before Linux 5.18.
+        if not frontend.serves and attempt.result in (Result.UNREACHABLE, Result.DENIED):
+            return NO_BACKEND
+        return None if attempt.result in AT_ONCE else NOT_BALANCED
+
+    def _of_server(self, origin: Origin, attempt: Attempt, target: Question) -> Found:
         if at_once := AT_ONCE.get(attempt.result):
-            return [at_once]
+            return at_once
         if attempt.result is Result.UNREACHABLE:
             because = f"connect() fails at once: {os.strerror(attempt.errno)}"
             advice = "look at the routes of this namespace (ip route get)"
-            return [Found(Cause.NO_ROUTE, because, advice)]
-        owners = self.owners(origin.place or self._here)
-        listeners = self._listeners(owners)
+            return Found(Cause.NO_ROUTE, because, advice)
+        owners = self._owners(target, origin.place or self._here)
+        listeners = self._listeners(target, owners)
         if attempt.result is Result.SILENT:
-            return [self._silent(origin, attempt, owners, listeners)]
+            return self._silent(origin, attempt, target, owners, listeners)
         explain = refused if attempt.result is Result.REFUSED else timed_out
-        return [explain(owners, listeners)]
+        return explain(owners, listeners)
 
-    def _listeners(self, owners: Sequence[Namespace]) -> list[Socket]:
-        """Return the sockets that listen for connections to the target."""
-        address = unpack_address(self._question.address)
+    def _listeners(self, target: Question, owners: Sequence[Namespace]) -> list[Socket]:
+        """Return the sockets that listen for connections to *target*."""
+        address = unpack_address(target.address)
         four = ":" not in address
         wanted = {address, "0.0.0.0"} if four else {address, "::"}
         for_four = {
@@ -220,38 +286,17 @@ class _Doctor:
             with suppress(NamespaceGone), entered(place):
                 for each in list_here((socket.IPPROTO_TCP,), states=LISTEN):
                     local = unpack_address(each.local_address)
-                    if each.local_port == self._question.port and (
+                    if each.local_port == target.port and (
                         local in wanted or (local == "::" and each.inode in for_four)
                     ):
                         found.append(each)
-        return found
-
-    def _backends(self) -> list[BackendRecord] | None:
-        """Return the backends if the target is a frontend of ours; None if it is not."""
-        return backends_of(self._pins, (self._question.address, self._question.port))
-
-    def _of_backends(self, origin: Origin, backends: Sequence[BackendRecord]) -> list[Found]:
-        """Dial each backend by itself: those that fail are gone."""
-        found = []
-        for each in backends:
-            alone = Question(each.address, each.port, "", 1, self._question.timeout)
-            with dialled(origin.place, alone) as (attempt,):
-                if attempt.result.is_good:
-                    continue
-            name = endpoint(unpack_address(each.address), each.port)
-            found.append(
-                Found(
-                    Cause.BACKEND_GONE,
-                    f"the backend {name}, dialled by itself: {attempt.result}",
-                    "start it, or take it out of the service, as `health` does by itself",
-                )
-            )
         return found
 
     def _silent(
         self,
         origin: Origin,
         attempt: Attempt,
+        target: Question,
         owners: Sequence[Namespace],
         listeners: Sequence[Socket],
     ) -> Found:
@@ -270,22 +315,19 @@ class _Doctor:
         for one, other in match_pairs(self._visitor.ends(dict.fromkeys(places))):
             for here, there in ((one, other), (other, one)):
                 if here.socket.inode == inode:
-                    return self._of_server(origin, here, there, listeners)
+                    return self._hanging(origin, target, (here, there), listeners)
         return not_there(owners, listeners)
 
-    def _of_server(
-        self,
-        origin: Origin,
-        here: End,
-        there: End,
-        listeners: Sequence[Socket],
+    @staticmethod
+    def _hanging(
+        origin: Origin, target: Question, ends: tuple[End, End], listeners: Sequence[Socket]
     ) -> Found:
+        here, there = ends
         server = there.socket
         if not server.inode:
             return not_accepting(listeners, "the connection waits to be accepted")
         if server.waiting and server.state_name == "ESTAB":
-            once = replace(self._question, count=1)
-            with dialled(origin.place, once, small=True) as (attempt,):
+            with dialled(origin.place, replace(target, count=1), small=True) as (attempt,):
                 if attempt.result.is_good:
                     return MTU
             return Found(

@@ -57,12 +57,12 @@ def _agrees(layout: KeyLayout, key: bytes, held: AuditSocket) -> bool:
         held.is_internet
         and held.remote_port
         and says.remote_port
-        and all(said in (None, kept) for said, kept in zip(says, has, strict=True) if _is_set(kept))
+        and all(
+            said in (None, kept)
+            for said, kept in zip(says, has, strict=True)
+            if kept and kept != bytes(16)
+        )
     )
-
-
-def _is_set(end: bytes | int) -> bool:
-    return any(end) if isinstance(end, bytes) else bool(end)
 
 
 def infer_layout(rows: Sequence[tuple[bytes, AuditSocket]]) -> KeyLayout | None:

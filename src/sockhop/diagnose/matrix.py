@@ -50,8 +50,13 @@ def evidence(
     question: Question,
     asked: Sequence[tuple[Origin, Dialling]],
     others: Sequence[Dialling],
+    *,
+    balanced: bool,
 ) -> list[str]:
-    """Return what else was seen of what fails, and what that rules out, in sentences."""
+    """Return what else was seen of what fails, and what that rules out, in sentences.
+
+    *balanced*: the target is a frontend, and not an address that anything has.
+    """
     found = []
     for origin, row in asked:
         if not row.failed:
@@ -62,9 +67,9 @@ def evidence(
                 f"from {row.origin} TCP connects every time: addresses, routes, and filters of the "
                 "handshake are in order"
             )
-        else:
+        elif not balanced:
             found.append(_echo(origin, question))
-        if row.failed < row.attempts:
+        if row.failed < row.attempts and not balanced:
             found.append(
                 f"from {row.origin} {row.attempts - row.failed} of {row.attempts} connections "
                 "succeed: it depends on the connection, not on the way"

@@ -16,8 +16,10 @@ __all__ = [
     "AT_ONCE",
     "LISTEN",
     "MTU",
+    "NOT_BALANCED",
     "NO_BACKEND",
     "Found",
+    "gone",
     "is_full",
     "is_stopped",
     "not_accepting",
@@ -45,6 +47,12 @@ NO_BACKEND = Found(
     "it is a frontend of a service that has no backend in service here",
     "`sockhop get backends` shows the states of its backends",
 )
+NOT_BALANCED = Found(
+    Cause.NOT_BALANCED,
+    "it is a frontend, and the connection was not balanced: it went to the address itself",
+    "`sockhop status` says which cgroup is balanced, and since when; `clients` of the service says "
+    "whom it serves",
+)
 _CLOSED = Found(
     Cause.NOT_ANSWERING,
     "the connection is established and then closed by the server, without an answer",
@@ -68,6 +76,15 @@ MTU = Found(
     "a link on the way takes less than it says, and the ICMP messages about it are lost: lower the "
     "MTU of the route (ip route change ... mtu), or let ICMP pass",
 )
+
+
+def gone(backend: str, result: Result) -> Found:
+    """Say that a backend cannot be connected to, whoever dials it."""
+    return Found(
+        Cause.BACKEND_GONE,
+        f"the backend {backend}, dialled by itself: {result}",
+        "start it, or take it out of the service, as `health` does by itself",
+    )
 
 
 def refused(owners: Sequence[Namespace], listeners: Sequence[Socket]) -> Found:

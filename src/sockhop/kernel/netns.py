@@ -12,6 +12,7 @@ from pathlib import Path
 from sockhop.errors import InputError
 from sockhop.kernel._libbpf import ffi, lib
 from sockhop.kernel.cgroups import AttachType, open_cgroup, own_cgroup
+from sockhop.kernel.cookies import socket_cookie
 from sockhop.kernel.objects import BpfObject, object_path
 from sockhop.kernel.syscall import KernelError, check
 
@@ -27,7 +28,6 @@ __all__ = [
 
 # Linux kernel commit e8b9eab99232 ("net: retrieve netns cookie via getsocketopt") (in v5.14).
 _SO_NETNS_COOKIE = 71
-_SO_COOKIE = 57
 _SIOCGSKNS = 0x894C
 _SELF = Path("/proc/thread-self/ns/net")
 
@@ -73,7 +73,7 @@ def cookie_by_hook() -> int:
         )
         try:
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
-                name = made.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
+                name = ffi.new("__u64 *", socket_cookie(made))
         finally:
             lib.bpf_link_detach(link)  # where it fails, closing the descriptor does it
             os.close(link)

@@ -8,12 +8,12 @@ import os
 import resource
 import socket
 import struct
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sockhop.kernel._libbpf import ffi, lib
+from sockhop.kernel.cookies import socket_cookie
 from sockhop.kernel.sockdiag import destroy_sockets
 
 __all__ = ["Lack", "Prober", "call", "copy", "ldx", "leave", "mov", "op"]
@@ -23,7 +23,6 @@ _QUIET_FUNCTION = "bpf_fentry_test1"
 _SK_OF_SOCK_ADDR = 64
 """Offset of `sk` in struct bpf_sock_addr (include/uapi/linux/bpf.h)."""
 _ENOTSUPP = 524  # the kernel's own, not in libc
-_SO_COOKIE = 57
 
 
 class Lack(Exception):
@@ -365,7 +364,7 @@ class _Identity(NamedTuple):
 
 def _identity(kind: int, own: socket.socket) -> _Identity:
     diagnosis, protocol = _PROTOCOLS[kind]
-    cookie = int.from_bytes(own.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8), sys.byteorder)
+    cookie = socket_cookie(own)
     here = bytes(10) + b"\xff\xff" + socket.inet_aton("127.0.0.1")
     port = protocol or own.getsockname()[1]  # that of a raw socket is its protocol
     return _Identity(diagnosis, socket.AF_INET, here, port, bytes(16), 0, 0, cookie)
