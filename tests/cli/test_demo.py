@@ -38,10 +38,10 @@ class Demo:
         self._programs: set[int] = set()
         self._namespaces: set[str] = set()
 
-    def start(self) -> "Demo":
+    def start(self, *what: str) -> "Demo":
         # A shell that starts us in the background may have had SIGINT ignored.
         self.process = subprocess.Popen(
-            ["env", "--default-signal=INT", "--default-signal=HUP", str(SOCKHOP), "demo"],
+            ["env", "--default-signal=INT", "--default-signal=HUP", str(SOCKHOP), "demo", *what],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -176,6 +176,31 @@ def test_shows_the_main_job_and_leaves_nothing(demo: Demo) -> None:
     assert "removed: all processes" in demo.text
     assert demo.text.index("removed: all") < demo.text.index("Next, on this machine")
     assert "docs/manual.md" in demo.lines[-1]
+
+
+def test_shows_how_stuck_connections_are_found_and_healed(demo: Demo) -> None:
+    demo.start("stuck").read_until("an accelerator")
+    demo.observe()
+    assert demo.traces()
+    assert demo.end() == 0, demo.text
+    demo.assert_gone()
+    assert re.search(r"some requests hang: \d+ of 20$", demo.text, re.M)
+    assert "curl: (28) Operation timed out" in demo.text
+    assert "stale sockmap entry (from here; layer: sockets: a sockmap)" in demo.text
+    assert re.search(r"vanilla_sockets +addresses-ports +16 +0 +0 +16 ", demo.text)
+    assert "16 of 16 stale entries deleted" in demo.text
+    assert demo.text.count("nothing is wrong: 1,000 connections of 1,000 succeed") == 2
+    assert "10.96.0.10:80 is a frontend of web" in demo.text
+    assert re.search(r"ESTAB +127\.0\.0\.1:8080 .* web .* python", demo.text)
+    assert "docs/diagnose.md" in demo.lines[-1]
+
+
+def test_ctrl_c_removes_a_stranger_s_accelerator(demo: Demo) -> None:
+    demo.start("stuck").read_until("from now on some requests hang")
+    demo.observe()
+    demo.signal(signal.SIGINT)
+    assert demo.end() == 130, demo.text
+    demo.assert_gone()
 
 
 @pytest.mark.parametrize(

@@ -17,31 +17,37 @@ _BPFFS = Path("/sys/fs/bpf")
 _TOOLS = {"curl": "curl", "ip": "iproute2", "ss": "iproute2", "unshare": "util-linux"}
 
 
-@click.command(epilog="Example: sockhop demo")
+@click.command(epilog="Example: sockhop demo stuck")
+@click.argument("what", type=click.Choice(["balance", "stuck"]), default="balance")
 @global_options
-def command() -> int:
-    """Show the main job, on this kernel, in a network namespace and a cgroup of its own.
+def command(what: str) -> int:
+    """Show what sockhop does, on this kernel, in a network namespace and a cgroup of its own.
 
-    Two HTTP servers, a service, curl as the client; a server goes and comes back under a running
-    client loop. Nothing else on this machine is touched. All is removed at the end, also after
-    Ctrl-C. Exit status 1 if a connect of the loop failed.
+    balance, the default: two HTTP servers, a service, curl as the client; a server goes and comes
+    back under a running client loop. stuck: connections that are established and hang, because of
+    stale entries in somebody's sockhash; they are found and healed.
+
+    Nothing else on this machine is touched. All is removed at the end, also after Ctrl-C. Exit
+    status 1 if something was not as it should be, such as a connect of the loop that failed.
 
     The cgroup is made below --cgroup, the pins beside --bpffs.
     """
-    from sockhop.cli.demo_play import Demo, Screen, next_steps  # noqa: PLC0415 (slow to import)
+    from sockhop.cli.demo_play import Demo, Screen  # noqa: PLC0415 (slow to import)
     from sockhop.cli.demo_stage import Stage, StopRequested, perform  # noqa: PLC0415 (extension)
+    from sockhop.cli.demo_stuck import Stuck  # noqa: PLC0415 (extension)
 
     _require_tools()
     _require_bpffs()
     screen = Screen()
     name = f"{bpffs_path().name}-demo"
     stage = Stage(name, cgroup_path() / name, bpffs_path().with_name(name))
+    demo = (Stuck if what == "stuck" else Demo)(stage, screen)
     left: list[str] = []
 
     def play() -> None:
         stage.clear()  # what a demo left that was killed with SIGKILL
         with stage.built():
-            Demo(stage, screen).play()
+            demo.play()
 
     def clear() -> None:
         left.extend(stage.clear())
@@ -61,7 +67,7 @@ def command() -> int:
         return status or 1
     screen.step("removed: all processes, the cgroup, the pins, the namespace, the files")
     if not status:
-        screen.say(*next_steps())
+        screen.say(*demo.next_steps())
     return status
 
 

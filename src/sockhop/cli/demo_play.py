@@ -18,7 +18,7 @@ from sockhop.cli.demo_loop import ClientLoop
 from sockhop.cli.demo_stage import Stage, wait_until
 from sockhop.errors import SockhopError
 
-__all__ = ["Demo", "Screen", "next_steps"]
+__all__ = ["Demo", "Screen"]
 
 _FRONTEND = "10.96.0.10:80"
 _URL = "http://10.96.0.10"
@@ -84,6 +84,26 @@ class Demo:
         status = self._sockhop("detach").strip()
         self._screen.step(f"`sockhop detach`: {status}")
         self._show_untouched("and the service's address is an address like any other again")
+
+    def next_steps(self) -> list[str]:
+        """Return lines for those who want to go on."""
+        sockhop = "sockhop" if shutil.which("sockhop") else os.path.relpath(sys.argv[0])
+        return [
+            "",
+            "Next, on this machine itself (as root):",
+            "  cat >services.yaml <<'END'",
+            *_manifest("one", "two").splitlines(),
+            "END",
+            "  # put your own servers in its list of backends, then",
+            f"  {sockhop} render -f services.yaml     # what it means; touches no kernel",
+            f"  {sockhop} agent -f services.yaml      # balances all processes, follows the file",
+            "  # and in a second terminal",
+            f"  curl {_URL}/",
+            f"  {sockhop} status",
+            f"  {sockhop} get sockets",
+            f"  {sockhop} detach                      # after the agent: the end of balancing",
+            "docs/manual.md explains each command, docs/architecture.md how it works.",
+        ]
 
     def _open(self) -> None:
         stage, screen = self._stage, self._screen
@@ -280,23 +300,3 @@ def _manifest(*names: str) -> str:
         f'    frontends: ["{_FRONTEND}"]\n'
         f"    backends: [{backends}]\n"
     )
-
-
-def next_steps() -> list[str]:
-    sockhop = "sockhop" if shutil.which("sockhop") else os.path.relpath(sys.argv[0])
-    return [
-        "",
-        "Next, on this machine itself (as root):",
-        "  cat >services.yaml <<'END'",
-        *_manifest("one", "two").splitlines(),
-        "END",
-        "  # put your own servers in its list of backends, then",
-        f"  {sockhop} render -f services.yaml     # what it means; touches no kernel",
-        f"  {sockhop} agent -f services.yaml      # balances all processes, follows the file",
-        "  # and in a second terminal",
-        f"  curl {_URL}/",
-        f"  {sockhop} status",
-        f"  {sockhop} get sockets",
-        f"  {sockhop} detach                      # after the agent: the end of balancing",
-        "docs/manual.md explains each command, docs/architecture.md how it works.",
-    ]

@@ -172,10 +172,10 @@ class Stage:
             raise SockhopError(f"`{' '.join(command)}` did not end within 20 s") from None
         return process.returncode, output.decode(errors="replace").rstrip("\n")
 
-    def sockhop(self, *arguments: str) -> str:
-        """Run a command of sockhop's on the stage; SockhopError where it fails."""
+    def sockhop(self, *arguments: str, wanted: int = 0) -> str:
+        """Run a command of sockhop's on the stage; SockhopError unless its status is *wanted*."""
         status, output = self.run(*_OURSELVES, *arguments)
-        if status:
+        if status != wanted:
             raise SockhopError(f"`sockhop {' '.join(arguments)}` ended with {status}", hint=output)
         return output
 
