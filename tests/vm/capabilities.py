@@ -62,14 +62,14 @@ CAPABILITIES = {
 
 # What a kernel may lack, as `sockhop features` there names it; without it that is not to work.
 NEEDS = {
-    "`clients` by cgroup": "bpf_rdonly_cast",
-    "policies by cgroup": "bpf_rdonly_cast",
-    "severing by iterator": "bpf_sock_destroy",
-    "severing by netlink": "SOCK_DESTROY for TCP",
-    "splicing": "netns cookie in sock_ops",
-    "spliced connections end as plain ones": "netns cookie in sock_ops",
-    "kTLS sockets are not spliced": "netns cookie in sock_ops",
-    "every BPF object loads": "sk_storage in iterators",
+    "`clients` by cgroup": ("bpf_rdonly_cast",),
+    "policies by cgroup": ("bpf_rdonly_cast",),
+    "severing by iterator": ("bpf_sock_destroy",),
+    "severing by netlink": ("SOCK_DESTROY for TCP",),
+    "splicing": ("netns cookie in sock_ops",),
+    "spliced connections end as plain ones": ("netns cookie in sock_ops",),
+    "kTLS sockets are not spliced": ("netns cookie in sock_ops", "kTLS beside a sockmap"),
+    "every BPF object loads": ("sk_storage in iterators",),
 }
 
 PARTS = {"every BPF object loads"}

@@ -416,6 +416,13 @@ PROBES = (
         lambda prober: prober.cookie_in_sock_ops(),
     ),
     Probe(
+        "kTLS beside a sockmap",
+        "splicing: programs that set up kTLS",
+        "setsockopt(TLS_TX) on a spliced socket fails: OpenSSL then encrypts by itself",
+        _Since("4.20", "d3b18ad31f93", "tls: add bpf support to sk_msg handling"),
+        lambda prober: prober.ktls_beside_sockmap(),
+    ),
+    Probe(
         "ring buffer",
         "later: events from the kernel",
         "events are seen by polling counters",

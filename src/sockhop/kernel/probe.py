@@ -22,6 +22,9 @@ _QUIET_FUNCTION = "bpf_fentry_test1"
 """Made for tests (net/bpf/test_run.c): nobody calls it, so tracing it disturbs nobody."""
 _SK_OF_SOCK_ADDR = 64
 """Offset of `sk` in struct bpf_sock_addr (include/uapi/linux/bpf.h)."""
+_TCP_ULP, _SOL_TLS, _TLS_TX = 31, 282, 1
+_TLS_KEY = struct.pack("=HH", 0x0304, 51) + bytes(36)
+"""struct tls12_crypto_info_aes_gcm_128, TLS 1.3 (include/uapi/linux/tls.h)."""
 _ENOTSUPP = 524  # the kernel's own, not in libc
 
 
@@ -294,6 +297,21 @@ class Prober:
             raise Lack(error.errno or 0, "making a socket on 127.0.0.1") from None
         if number:
             raise Lack(number)
+
+    def ktls_beside_sockmap(self) -> None:
+        """Give a TLS key to a socket on 127.0.0.1 that a sockhash holds."""
+        try:
+            with (
+                socket.create_server(("127.0.0.1", 0)) as listener,
+                socket.create_connection(listener.getsockname(), 1) as own,
+            ):
+                held = struct.pack("=I", own.fileno())
+                self._check(lib.bpf_map_update_elem(self.sockhash(), bytes(8), held, 0))
+                own.setsockopt(socket.IPPROTO_TCP, _TCP_ULP, b"tls")
+                own.setsockopt(_SOL_TLS, _TLS_TX, _TLS_KEY)
+        except OSError as error:
+            number = error.errno or 0
+            raise Lack(number, "no kTLS" if number == errno.ENOENT else "") from None
 
     def _keep(self, fd: int) -> int:
         self._stack.callback(os.close, self._check(fd))
