@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
 
+from sockhop.datapath.vanilla import vanilla
 from sockhop.diagnose.audit import Audit, audit
 from sockhop.diagnose.pairs import PairCheck, examine
 from sockhop.diagnose.visit import OpenMap, Visitor
@@ -16,7 +17,6 @@ from sockhop.kernel.maps import map_info
 from sockhop.kernel.namespaces import Namespaces
 from tests.sandbox import wait_until
 from tests.splice.stage import Place, Stage
-from tests.splice.vanilla import vanilla
 
 __all__ = ["Incident", "incident", "insert", "is_closed", "new_map", "reset"]
 
@@ -102,7 +102,7 @@ def incident() -> Iterator[Incident]:
     """Run the body with sockets in a sockhash by tuple."""
     with (
         Stage(spliced=False) as stage,
-        vanilla(stage) as fd,
+        vanilla(stage.sandbox.cgroup) as fd,
         ExitStack() as stack,
         Visitor() as visitor,
     ):

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from sockhop.datapath.vanilla import vanilla
 from tests.mutants import mutant
 from tests.splice.runs import Seen, misdelivered, run_all
 from tests.splice.sequences import SEQUENCES, UNREAD
 from tests.splice.stage import Place, Stage
-from tests.splice.vanilla import vanilla
 
 pytestmark = pytest.mark.kernel
 
@@ -47,7 +47,7 @@ def test_spliced_connections_end_as_plain_ones() -> None:
 
 
 def test_a_sockhash_by_tuple_delivers_to_the_dead() -> None:
-    with Stage(spliced=False) as stage, vanilla(stage):
+    with Stage(spliced=False) as stage, vanilla(stage.sandbox.cgroup):
         seen = {name: lines for (_, name), lines in run_all(stage, SEQUENCES, ONE).items()}
     stuck = {name for name, lines in seen.items() if misdelivered(lines)}
     assert stuck == {

@@ -18,11 +18,9 @@ from sockhop.datapath.splice_records import (
     SplicePolicy,
 )
 from sockhop.datapath.splicer import Splicer, Sweeper, no_counters, stop_splicing
+from sockhop.datapath.vanilla import vanilla
 from sockhop.kernel import netns
-from sockhop.kernel._libbpf import lib
-from sockhop.kernel.cgroups import AttachType, open_cgroup
-from sockhop.kernel.objects import BpfObject, object_path
-from sockhop.kernel.syscall import check
+from sockhop.kernel.cgroups import open_cgroup
 from sockhop.model import Protocol, SpliceLimits
 
 __all__ = ["PLAIN", "SplicePlan", "measure_splice"]
@@ -74,8 +72,8 @@ def measure_splice(
     with ExitStack() as stack:
         say("setting up")
         rooms = {peer: stack.enter_context(_room(site, peer)) for peer in (PLAIN, AGAIN)}
-        vanilla = rooms[VANILLA] = stack.enter_context(_room(site, VANILLA))
-        stack.enter_context(_vanilla(vanilla))
+        other = rooms[VANILLA] = stack.enter_context(_room(site, VANILLA))
+        stack.enter_context(vanilla(other.cgroup))
         ours = rooms[SPLICED] = stack.enter_context(_room(site, SPLICED))
         far = {peer: _far_client(room) for peer, room in rooms.items()}
         sweeper = stack.enter_context(_spliced(site, ours, far[SPLICED]))
@@ -155,19 +153,6 @@ def _spliced(site: Site, room: Room, far: Worker) -> Iterator[Sweeper]:
             yield sweeper
         finally:
             stop_splicing(site.pins)
-
-
-@contextmanager
-def _vanilla(room: Room) -> Iterator[None]:
-    with BpfObject(object_path("vanilla")) as programs, open_cgroup(room.cgroup) as cgroup:
-        sockets, pair = programs.map_fd("vanilla_sockets"), programs.program("vanilla_sock_ops")
-        message = programs.program("vanilla_message")
-        check(lib.bpf_prog_attach(message, sockets, lib.BPF_SK_MSG_VERDICT, 0), "attaching sk_msg")
-        check(lib.bpf_prog_attach(pair, cgroup, AttachType.SOCK_OPS, 0), "attaching sock_ops")
-        try:
-            yield
-        finally:
-            lib.bpf_prog_detach2(pair, cgroup, AttachType.SOCK_OPS)
 
 
 def _furnish(

@@ -4,19 +4,14 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from sockhop.cli import demo_leak
 from sockhop.cli.demo_play import Screen
 from sockhop.cli.demo_stage import Stage, wait_until
+from sockhop.datapath.vanilla import vanilla
 from sockhop.errors import SockhopError
-from sockhop.kernel._libbpf import lib
-from sockhop.kernel.cgroups import AttachType, open_cgroup
 from sockhop.kernel.maps import map_info
-from sockhop.kernel.objects import BpfObject, object_path
-from sockhop.kernel.syscall import check
 
 __all__ = ["Stuck"]
 
@@ -65,7 +60,12 @@ class Stuck:
             "",
         )
         self._open()
-        with self._spliced_by_tuple() as number:
+        with vanilla(self._stage.cgroup) as sockets:
+            number = map_info(sockets).id
+            self._screen.step(
+                f"an accelerator, as Cilium up to 1.13 and many examples have it: map {number}, a "
+                "sockhash by addresses and ports"
+            )
             self._vanish(_SERVER)
             self._show_symptom()
             self._diagnose(number)
@@ -99,27 +99,6 @@ class Stuck:
             "connection"
         )
         screen.ran(f"curl -sS {_url(_SERVER)}", "ok")
-
-    @contextmanager
-    def _spliced_by_tuple(self) -> Iterator[int]:
-        """Run the body with the stage's sockets in a sockhash by tuple; it gets the map's id."""
-        with (
-            BpfObject(object_path("vanilla")) as programs,
-            open_cgroup(self._stage.cgroup) as group,
-        ):
-            sockets, pair = programs.map_fd("vanilla_sockets"), programs.program("vanilla_sock_ops")
-            message = programs.program("vanilla_message")
-            check(lib.bpf_prog_attach(message, sockets, lib.BPF_SK_MSG_VERDICT, 0), "sk_msg")
-            check(lib.bpf_prog_attach(pair, group, AttachType.SOCK_OPS, 0), "sock_ops")
-            number = map_info(sockets).id
-            self._screen.step(
-                f"an accelerator, as Cilium up to 1.13 and many examples have it: map {number}, a "
-                "sockhash by addresses and ports"
-            )
-            try:
-                yield number
-            finally:
-                lib.bpf_prog_detach2(pair, group, AttachType.SOCK_OPS)
 
     def _vanish(self, target: tuple[str, int]) -> None:
         ends = (target[0], str(target[1]), *map(str, _LOST))
