@@ -30,25 +30,35 @@ static __always_inline void count(__u32 which)
 		add(value, 1);
 }
 
+/* `copy` stays as it was where there is no such frontend: that of a namespace may go while it is
+ * read, and then the general one holds.
+ */
 static __always_inline bool read_frontend(const struct frontend_key *key, struct frontend *copy)
 {
+	__u32 id, service, affinity;
 	struct frontend *found;
 	int attempt;
+	__u8 flags;
 
 	for (attempt = 0; attempt < ATTEMPTS; attempt++) {
 		found = bpf_map_lookup_elem(&frontends, key);
 		if (!found)
 			return false;
-		copy->id = READ_ONCE(found->id);
-		copy->service = READ_ONCE(found->service);
-		copy->affinity = READ_ONCE(found->affinity);
-		copy->flags = READ_ONCE(found->flags);
+		id = READ_ONCE(found->id);
+		service = READ_ONCE(found->service);
+		affinity = READ_ONCE(found->affinity);
+		flags = READ_ONCE(found->flags);
 		if (same_address(found->key.address, key->address) &&
 		    READ_ONCE(found->key.netns) == key->netns &&
 		    READ_ONCE(found->key.port) == key->port &&
 		    READ_ONCE(found->key.protocol) == key->protocol &&
-		    READ_ONCE(found->key.layer) == key->layer)
+		    READ_ONCE(found->key.layer) == key->layer) {
+			copy->id = id;
+			copy->service = service;
+			copy->affinity = affinity;
+			copy->flags = flags;
 			return true;
+		}
 		count(TOTAL_RETRIES);
 	}
 	count(TOTAL_EXHAUSTED);

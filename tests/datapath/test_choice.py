@@ -106,6 +106,31 @@ def test_forgotten_affinity_is_noticed(node: Node, tmp_path: Path) -> None:
         assert not drawn_to_the_light_one(node)
 
 
+# --- a frontend of one namespace that goes while it is read ---------------------------------------
+
+# What a hook finds for its namespace has become another one's, and then there is nothing.
+REUSED = (
+    "\t\tif (!found)\n\t\t\treturn false;\n\t\tid =",
+    "\t\tif (!found || (key->netns && attempt))\n\t\t\treturn false;\n\t\tid =",
+)
+ANOTHERS = (
+    "READ_ONCE(found->key.netns) == key->netns &&",
+    "READ_ONCE(found->key.netns) == key->netns && !key->netns &&",
+)
+TAKES_IT = ("id = READ_ONCE(found->id);", "id = copy->id = READ_ONCE(found->id);")
+
+
+def test_what_goes_while_it_is_read_leads_nowhere(node: Node, tmp_path: Path) -> None:
+    """Then the general entry holds, where loopback backends do not serve."""
+    everywhere = "10.96.1.1:7000"
+    install(node, backend(ONE), backend(everywhere))
+    assert {dial(node) for _ in range(PLENTY)} == {ONE, everywhere}
+    with node.mutated(tmp_path / "reused", REUSED, ANOTHERS):
+        assert {dial(node) for _ in range(PLENTY)} == {everywhere}
+    with node.mutated(tmp_path / "taken", REUSED, ANOTHERS, TAKES_IT):
+        assert ONE in {dial(node) for _ in range(PLENTY)}
+
+
 # --- states --------------------------------------------------------------------------------------
 
 states = st.lists(st.sampled_from(BackendState), min_size=1, max_size=3)
