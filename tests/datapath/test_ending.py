@@ -136,6 +136,22 @@ def without(node: Node, directory: Path, *changes: tuple[str, str]) -> Iterator[
         yield crippled
 
 
+ROOM_FOR_TWO = tuple(
+    f"__uint(max_entries, {size});\n\t__type(key, __u64);\n\t__type(value, struct socket_ends)"
+    for size in (65536, 2)
+)
+
+
+def test_more_sockets_than_the_iterator_has_room_for(node: Node, tmp_path: Path) -> None:
+    node.install(*SERVICES)
+    with without(node, tmp_path, (ROOM_FOR_TWO[0], ROOM_FOR_TWO[1])) as engine, Kinds() as kinds:
+        wanted = {cookie(own) for own in kinds.with_a.values()}
+        assert len(wanted) > 2
+        with Listing(node.sandbox.pins) as listing:
+            engine.sever_sockets(s for s in listing.here() if s.cookie in wanted)
+        kinds.check(ended=True)
+
+
 @pytest.mark.parametrize(
     ("changes", "victim"),
     [

@@ -95,18 +95,20 @@ class IteratorMethod:
     def end_sockets(self, sockets: Sequence[Socket], place: Namespace) -> list[Outcome]:
         """End these sockets of a namespace; one outcome for each. NamespaceGone where it is."""
         self.prepare()
-        with entered(place), self._naming(sockets):
-            ended = {
-                each.socket.cookie: each
-                for protocol in {each.protocol for each in sockets}
-                for each in self._end(protocol)
-            }
+        ended: dict[int, Outcome] = {}
+        size = self._named.max_entries
+        with entered(place):
+            for first in range(0, len(sockets), size):
+                some = sockets[first : first + size]
+                with self._naming(some):
+                    for protocol in {each.protocol for each in some}:
+                        ended.update((each.socket.cookie, each) for each in self._end(protocol))
         return [ended.get(each.cookie, Outcome(each, Action.GONE)) for each in sockets]
 
     @contextmanager
     def _naming(self, sockets: Sequence[Socket]) -> Iterator[None]:
-        self._named.update_many((each.cookie, SocketEnds(*_ends(each))) for each in sockets)
         try:
+            self._named.update_many((each.cookie, SocketEnds(*_ends(each))) for each in sockets)
             yield
         finally:
             self._named.delete_many(each.cookie for each in sockets)

@@ -80,8 +80,8 @@ class Owners:
 
     @contextmanager
     def _marked(self, cookies: list[int]) -> Iterator[None]:
-        self._wanted.update_many((cookie, 1) for cookie in cookies)
         try:
+            self._wanted.update_many((cookie, 1) for cookie in cookies)
             yield
         finally:
             self._wanted.delete_many(cookies)

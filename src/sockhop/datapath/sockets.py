@@ -190,8 +190,8 @@ class SocketRecords:
 @contextmanager
 def held(pairs: Map[Pair, int], wanted: Collection[Pair]) -> Iterator[None]:
     """Have *wanted* in the map of an iterator's object while the body runs."""
-    pairs.update_many((Pair(*pair), 1) for pair in wanted)
     try:
+        pairs.update_many((Pair(*pair), 1) for pair in wanted)
         yield
     finally:
         pairs.delete_many(Pair(*pair) for pair in wanted)
