@@ -21,6 +21,7 @@ from sockhop.kernel._libbpf import lib
 from sockhop.kernel.cgroups import Attached, AttachType, attached_programs, open_cgroup
 from sockhop.kernel.links import Occupied, attach, read_link
 from sockhop.kernel.maps import open_pinned
+from sockhop.kernel.objects import program_info
 from sockhop.kernel.syscall import KernelError
 from tests.clients.bpftool import bpftool
 from tests.kernel.attaching import (
@@ -385,3 +386,14 @@ def test_a_second_agent_changes_nothing(sandbox: Sandbox, manifest: Path) -> Non
         assert result.returncode == 3
         assert "another sockhop process is working here" in result.stderr
         assert (on_cgroup(sandbox.cgroup), tree_of(sandbox.pins)) == before
+
+
+def test_pins_that_another_process_removes(sandbox: Sandbox, balancer: Balancer) -> None:
+    """What is still there says whose a program is."""
+    maps = map_directory(sandbox.pins)
+    own = program_info(program(balancer, CONNECT4)).id
+    (maps / "a").symlink_to("nowhere")
+    try:
+        assert Owner(maps)(own)
+    finally:
+        (maps / "a").unlink()

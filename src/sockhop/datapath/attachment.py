@@ -220,13 +220,12 @@ def _restore(hook: AttachType, before: _Before, cgroup: int, links: Path, owner:
 
 
 def _pinned_ids(directory: Path) -> frozenset[int]:
-    if not directory.is_dir():
-        return frozenset()
     found = set()
-    for pin in directory.iterdir():
-        fd = open_pinned(pin)
-        try:
-            found.add(map_info(fd).id)
-        finally:
-            os.close(fd)
+    for pin in sorted(directory.iterdir()) if directory.is_dir() else ():
+        with suppress(FileNotFoundError):  # another process is removing them
+            fd = open_pinned(pin)
+            try:
+                found.add(map_info(fd).id)
+            finally:
+                os.close(fd)
     return frozenset(found)
