@@ -87,12 +87,30 @@ static __always_inline bool uses_cgroups(void)
 	return set && *set;
 }
 
+/* Before Linux kernel commit 7f203bc89eb6 ("cgroup: Replace cgroup->ancestor_ids[] with
+ * ->ancestors[]") (in v6.1).
+ */
+struct cgroup___ids {
+	int level;
+	__u64 ancestor_ids[];
+} __attribute__((preserve_access_index));
+
+/* Not inlined: clang would read both offsets before the loop, where one of them must not be. */
+static __noinline __u64 ancestor_id(struct cgroup *cgroup, int level)
+{
+	struct cgroup___ids *older = (void *)cgroup;
+
+	if (!bpf_core_field_exists(cgroup->ancestors))
+		return BPF_CORE_READ(older, ancestor_ids[level]);
+	return BPF_CORE_READ(cgroup, ancestors[level], kn, id);
+}
+
 static __always_inline struct splice_policy *cgroup_policy(struct bpf_sock *sk)
 {
 	struct tcp_sock *tp = bpf_skc_to_tcp_sock(sk);
 	struct splice_owner owner = { .kind = OWNER_CGROUP };
 	struct splice_policy *found = 0;
-	struct cgroup *cgroup, *ancestor;
+	struct cgroup *cgroup;
 	int level, depth;
 
 	if (!tp)
@@ -100,8 +118,7 @@ static __always_inline struct splice_policy *cgroup_policy(struct bpf_sock *sk)
 	cgroup = BPF_CORE_READ((struct sock *)tp, sk_cgrp_data.cgroup);
 	level = BPF_CORE_READ(cgroup, level);
 	for (depth = 0; depth < DEEPEST && !found && level - depth >= 0; depth++) {
-		ancestor = BPF_CORE_READ(cgroup, ancestors[level - depth]);
-		owner.id = BPF_CORE_READ(ancestor, kn, id);
+		owner.id = ancestor_id(cgroup, level - depth);
 		found = bpf_map_lookup_elem(&splice_owners, &owner);
 	}
 	return found;
