@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from sockhop.datapath.attachment import Owner, attach_hooks, detach_hooks, programs_in_force
 from sockhop.datapath.balancer import NotInstalled, link_directory, map_directory
-from sockhop.datapath.sockets import TCP_STATES
+from sockhop.datapath.sockets import TCP_STATES, read_iterator
 from sockhop.datapath.splice_records import (
     SpliceCounters,
     SpliceKey,
@@ -228,11 +228,9 @@ class Sweeper:
             lib.sockhop_iter_link(self._object.program(program), over), f"linking {program}"
         )
         try:
-            iterator = check(lib.bpf_iter_create(link), f"starting {program}")
+            return read_iterator(link, program)
         finally:
             os.close(link)
-        with os.fdopen(iterator, "rb", buffering=0) as stream:
-            return b"".join(iter(lambda: stream.read(1 << 16), b""))
 
 
 def stop_splicing(pins: Path, cgroup: Path | None = None) -> None:
