@@ -57,7 +57,6 @@ OPTIONS = {
     "hook connect6": "CGROUP_BPF",
     "hook post_bind4": "CGROUP_BPF",
     "kernel BTF": "DEBUG_INFO_BTF",
-    "membarrier": "MEMBARRIER",
     "SOCK_DESTROY for TCP": "INET_DIAG_DESTROY",
     "SOCK_DESTROY for UDP": "INET_DIAG_DESTROY",
     "SOCK_DESTROY for raw": "INET_RAW_DIAG",

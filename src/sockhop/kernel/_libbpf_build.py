@@ -126,11 +126,10 @@ uint8_t btf_int_encoding(const struct btf_type *t);
 
 /* --- what the Python library lacks --------------------------------------------------------- */
 int setns(int fd, int nstype);
-int sockhop_membarrier(int cmd);
+int sockhop_grace_period(void);
 int sockhop_pidfd_getfd(int pidfd, int fd);
 int sockhop_open_cgroup(int any_cgroup, __u64 id);
 #define CLONE_NEWNET ...
-#define MEMBARRIER_CMD_GLOBAL ...
 
 /* --- probes of what the kernel can do ------------------------------------------------------ */
 int sockhop_probe_map(int type, int key_size, int value_size, int entries, int flags, int btf_fd);
@@ -190,7 +189,6 @@ SOURCE = r"""
 #include <unistd.h>
 #include <linux/bpf.h>
 #include <linux/btf.h>
-#include <linux/membarrier.h>
 #include <linux/perf_event.h>
 #include <bpf/bpf.h>
 #include <bpf/btf.h>
@@ -266,9 +264,23 @@ static int sockhop_kprobe(int pmu, const char *function, int at_return, int prog
     return fd;
 }
 
-static int sockhop_membarrier(int cmd)
+/* Whoever changes a map of maps waits for the programs that run: maybe_wait_bpf_programs(). */
+static int sockhop_grace_period(void)
 {
-    return syscall(SYS_membarrier, cmd, 0, 0);
+    LIBBPF_OPTS(bpf_map_create_opts, opts);
+    int inner, outer, result;
+    __u32 zero = 0;
+
+    inner = bpf_map_create(BPF_MAP_TYPE_ARRAY, "sockhop_grace", 4, 4, 1, NULL);
+    if (inner < 0)
+        return inner;
+    opts.inner_map_fd = inner;
+    outer = bpf_map_create(BPF_MAP_TYPE_ARRAY_OF_MAPS, "sockhop_grace", 4, 4, 1, &opts);
+    result = outer < 0 ? outer : bpf_map_update_elem(outer, &zero, &inner, BPF_ANY);
+    if (outer >= 0)
+        close(outer);
+    close(inner);
+    return result;
 }
 
 static int sockhop_pidfd_getfd(int pidfd, int fd)

@@ -293,11 +293,15 @@ PROBES = (
         lambda prober: prober.batch(),
     ),
     Probe(
-        "membarrier",
+        "grace period",
         "waiting until no hook uses what is about to be deleted",
         _NO_BALANCING,
-        _Since("4.3"),  # membarrier(2)
-        lambda prober: prober.membarrier(),
+        _Since(
+            "4.20",
+            "1ae80cf31938",
+            "bpf: wait for running BPF programs when updating map-in-map",
+        ),
+        lambda prober: prober.grace_period(),
     ),
     Probe(
         "iter/bpf_sk_storage_map",

@@ -276,10 +276,9 @@ class Prober:
 
     # --- the rest -----------------------------------------------------------------------------
 
-    def membarrier(self) -> None:
+    def grace_period(self) -> None:
         """Wait for a grace period."""
-        if lib.sockhop_membarrier(lib.MEMBARRIER_CMD_GLOBAL) < 0:
-            raise Lack(ffi.errno, "refused with nohz_full" if ffi.errno == errno.EINVAL else "")
+        self._check(lib.sockhop_grace_period())
 
     def destroy_socket(self, kind: int) -> None:
         """Destroy a socket of our own on the loopback address, named by its cookie.

@@ -42,8 +42,9 @@ def last_log(lines: int = 12) -> str:
 def grace_period() -> None:
     """Wait until every BPF program that was running when this was called has ended.
 
-    membarrier(2) MEMBARRIER_CMD_GLOBAL is synchronize_rcu() (kernel/sched/membarrier.c), and
-    cgroup programs run in an RCU read-side section (kernel/bpf/cgroup.c).
+    The kernel calls synchronize_rcu() when a map in a map is changed, and cgroup programs run in
+    an RCU read-side section (kernel/bpf/cgroup.c). Linux kernel commit 1ae80cf31938 ("bpf: wait for
+    running BPF programs when updating map-in-map") (in v4.20). membarrier(2) does the same only
+    with several CPUs, and not with nohz_full (kernel/sched/membarrier.c).
     """
-    if lib.sockhop_membarrier(lib.MEMBARRIER_CMD_GLOBAL) < 0:
-        raise KernelError("membarrier(MEMBARRIER_CMD_GLOBAL)", ffi.errno)
+    check(lib.sockhop_grace_period(), "waiting for a grace period")
