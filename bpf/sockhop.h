@@ -24,6 +24,7 @@ enum setting {
 	SETTING_FALLBACK, /* not 0: provenance_by_cookie has been used */
 	SETTING_MOVING, /* not 0: look in moves before a socket connects */
 	SETTING_REDIRECTS, /* not 0: there are frontends in LAYER_REDIRECTS */
+	SETTING_WHOLE, /* TOTAL_LIVE_FULL when the live index was last seen to have all sockets */
 	SETTINGS,
 };
 

@@ -14,6 +14,9 @@ from typing import NamedTuple
 import pytest
 
 from sockhop.datapath.balancer import map_directory
+from sockhop.datapath.live_index import LiveIndex
+from sockhop.datapath.records import LiveKey
+from sockhop.datapath.sockets import Sockets
 from sockhop.kernel.btf import Layouts
 from sockhop.kernel.maps import U32, Map, open_pinned
 from sockhop.kernel.objects import object_path
@@ -127,6 +130,82 @@ def test_counts_are_never_below_the_truth(served: Node, tmp_path: Path) -> None:
         forgetful = ("bool stays = old->protocol != IPPROTO_TCP &&", "bool stays = 0 &&")
         with served.mutated(tmp_path, forgetful):
             assert too_low(served, seed), seed
+
+
+# --- counts that nobody needs any more ----------------------------------------------------------
+
+
+def crowd(node: Node) -> None:
+    """Leave in the index what namespaces that are gone have left, more than half of its room."""
+    live, (some, *_) = node.maps.live, node.maps.backends.keys()
+    live.update_many((LiveKey(1 << 60 | n, 1, some), 0) for n in range(live.max_entries // 2 + 1))
+
+
+@pytest.fixture
+def index(served: Node) -> Iterator[LiveIndex]:
+    with Sockets(served.sandbox.pins) as sockets:
+        yield LiveIndex(served.maps, sockets)
+    served.maps.live.delete_many(served.maps.live.keys())
+
+
+def test_namespaces_that_went_do_not_fill_the_map(served: Node, index: LiveIndex) -> None:
+    live, backends = served.maps.live, set(served.maps.backends.keys())
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.connect(("10.9.3.2", 80))
+        crowd(served)
+        index.settle(backends)
+        assert live.used() > live.max_entries // 2  # one look tells nothing
+        index.settle(backends)
+        assert [count for _, count in live.items()] == [1]
+    for _ in range(3):
+        index.settle(backends)
+    assert [count for _, count in live.items()] == [0]  # there is room: it may be of use
+    assert served.maps.index_is_whole()
+
+
+def loses_one(node: Node, index: LiveIndex, client: socket.socket) -> None:
+    """Have a hook add to an entry that was deleted after it had found it."""
+    client.connect(("10.9.3.2", 80))
+    for key in [key for key, count in node.maps.live.items() if count]:
+        node.maps.live.set(key, 0)
+    crowd(node)
+    for _ in range(2):
+        index.settle(set(node.maps.backends.keys()))
+
+
+def test_a_count_that_is_lost_is_noticed(served: Node, index: LiveIndex) -> None:
+    assert served.maps.index_is_whole()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        loses_one(served, index, client)
+        assert not served.maps.index_is_whole()
+        index.settle(set())
+        assert not served.maps.index_is_whole()
+    index.settle(set())
+    assert served.maps.index_is_whole()
+
+
+def test_a_look_that_sees_nothing_is_noticed(
+    served: Node, index: LiveIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "_is_whole", lambda: True)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        loses_one(served, index, client)
+        assert served.maps.index_is_whole()
+
+
+def test_an_index_that_was_full_is_whole_again(served: Node, index: LiveIndex) -> None:
+    live, backends = served.maps.live, set(served.maps.backends.keys())
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        crowd(served)
+        room = range(live.max_entries - live.used())
+        live.update_many((LiveKey(2 << 60 | n, 1, min(backends)), 0) for n in room)
+        client.connect(("10.9.3.2", 80))
+        assert not served.maps.index_is_whole()
+        for _ in range(2):
+            index.settle(backends)
+        assert not served.maps.index_is_whole()  # there is room now, but the socket is not counted
+    index.settle(backends)
+    assert served.maps.index_is_whole()
 
 
 # --- the build for kernels without atomic instructions that fetch (before 5.12) -----------------

@@ -29,6 +29,7 @@ from sockhop.agent.sync import Synchronizer
 from sockhop.agent.terminate import Terminator, opened_terminator
 from sockhop.agent.watching import Watching
 from sockhop.datapath.balancer import Balancer, check_room, map_directory, remove_pins, survey
+from sockhop.datapath.live_index import LiveIndex
 from sockhop.datapath.sockets import Sockets
 from sockhop.datapath.splicer import end_splicing
 from sockhop.errors import InputError, SystemLackError
@@ -339,10 +340,10 @@ class _Agent:
     async def _settle(self) -> None:
         """Let the live counts come down where no hook saw a socket leave."""
         with Sockets(self._options.pins) as sockets:
+            index = LiveIndex(self._balancer.maps, sockets)
             while True:
                 await asyncio.sleep(self._options.settle_every)
-                sockets.settle()
-                self._installer.forget_dead_counts()
+                index.settle({old.id for old in self._installer.installed.members.values()})
 
     async def _follow_places(self) -> None:
         """Notice that a namespace or cgroup which clients name by path is there, or another one."""

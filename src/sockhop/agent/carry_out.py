@@ -18,7 +18,7 @@ from sockhop.datapath.balancer import BalanceMaps
 from sockhop.datapath.candidates import active_backends
 from sockhop.datapath.ending import Engine, Outcome
 from sockhop.datapath.progress import probe_peers
-from sockhop.datapath.records import FrontendKey, Setting, Total
+from sockhop.datapath.records import FrontendKey, Setting
 from sockhop.datapath.resteer import Obstacle
 from sockhop.datapath.sockets import Pair, Socket, Sockets
 from sockhop.errors import SockhopError
@@ -218,7 +218,7 @@ class Carrier:
         """Return those of which sockets are left; forget the others, if they get no more."""
         self._sockets.settle()
         left: Mapping[Pair, int | Sequence[Socket]] = self._live()
-        if self._maps.totals.get(Total.LIVE_FULL):  # the index has not seen all sockets
+        if not self._maps.index_is_whole():
             left = self._open_sockets(orders)
         for order in orders:
             if left.get(order.pair):

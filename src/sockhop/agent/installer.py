@@ -115,14 +115,6 @@ class Installer:
         self._read_back()
         return generation
 
-    def forget_dead_counts(self) -> None:
-        """Delete live counts of 0 of backends that are gone: no hook can choose those any more."""
-        known = {old.id for old in self.installed.members.values()}
-        live = self._maps.live
-        live.delete_many(
-            key for key, count in live.items() if not count and key.backend not in known
-        )
-
     # --- parts of apply(), in its order -------------------------------------------------------
 
     def _write(self, target: Map[Any, Any], rows: Iterable[Row]) -> None:

@@ -31,7 +31,7 @@ from sockhop.agent.target import Member, split_service_port
 from sockhop.datapath.balancer import BalanceMaps
 from sockhop.datapath.ending import Outcome, choose_engine
 from sockhop.datapath.listing import Listing
-from sockhop.datapath.records import Setting, Total
+from sockhop.datapath.records import Setting
 from sockhop.datapath.resteer import Obstacle, Resteerer
 from sockhop.datapath.sockets import Pair, Socket, Sockets
 from sockhop.model import IntentKind, IntentRule, Service, Trigger, endpoint, intent_for
@@ -91,7 +91,7 @@ class Terminator:
             return
         found += self._earlier(found)
         sockets, _ = live_sockets(self._maps.live.items())
-        everywhere = bool(self._maps.totals.get(Total.LIVE_FULL))  # the index has not seen them all
+        everywhere = not self._maps.index_is_whole()
         live = [each for each in found if everywhere or sockets[each.pair]]
         pairs, held = {each.pair for each in live}, ""
         if any(each.intent.kind is not IntentKind.LEAVE for each in live):

@@ -26,7 +26,7 @@ from sockhop.datapath.attachment import Owner
 from sockhop.datapath.balancer import HOOKS, BalanceMaps, attached_hooks, map_directory
 from sockhop.datapath.pins import NotInstalled
 from sockhop.datapath.policies import PolicyMaps
-from sockhop.datapath.records import COUNTED_LIVE, FrontendKey, LiveKey, Setting, Total
+from sockhop.datapath.records import COUNTED_LIVE, FrontendKey, LiveKey, Setting
 from sockhop.datapath.sockets import Socket, Sockets
 from sockhop.errors import InputError
 from sockhop.kernel.cgroups import AttachType
@@ -220,7 +220,7 @@ def _read_live(maps: BalanceMaps, sockets: Sockets) -> _Live:
     before = {identify(found) for found in sockets.balanced()}
     counts = dict(maps.live.items())
     lasting = [found for found in sockets.balanced() if identify(found) in before]
-    return _Live(lasting, counts, not maps.totals.get(Total.LIVE_FULL))
+    return _Live(lasting, counts, maps.index_is_whole())
 
 
 def _check_live(live: _Live, records: Records) -> Iterator[Finding]:

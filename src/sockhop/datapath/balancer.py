@@ -158,6 +158,10 @@ class BalanceMaps:
         counts = dict(self.totals.items())
         return {each: counts[each] for each in Total}
 
+    def index_is_whole(self) -> bool:
+        """Whether the live index has all sockets: it never lacked room, or they are gone since."""
+        return (self.totals.get(Total.LIVE_FULL) or 0) <= self.setting(Setting.WHOLE)
+
     def find_frontend(
         self, key: FrontendKey, netns_cookie: int
     ) -> tuple[FrontendKey, FrontendRecord] | None:

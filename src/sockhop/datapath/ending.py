@@ -13,7 +13,7 @@ from sockhop.datapath.balancer import BalanceMaps, map_directory
 from sockhop.datapath.end_by_iterator import IteratorMethod, has_sock_destroy
 from sockhop.datapath.end_by_netlink import NetlinkMethod
 from sockhop.datapath.outcome import Action, Outcome
-from sockhop.datapath.records import BackendRecord, Total
+from sockhop.datapath.records import BackendRecord
 from sockhop.datapath.sockets import Pair, Socket, Sockets
 from sockhop.errors import SystemLackError
 from sockhop.kernel.namespaces import Namespace, NamespaceGone, Namespaces, namespace_of
@@ -139,13 +139,13 @@ class Engine:
     ) -> dict[int, float]:
         """Return how many sockets of *pairs* there are at most, by namespace (cookie).
 
-        Any number, everywhere, where the live index has been full.
+        Any number, everywhere, where the live index does not have all sockets.
         """
         counted: dict[int, float] = {}
         for key, number in maps.live.items() if pairs else ():
             if number and (key.service, key.backend) in pairs:
                 counted[key.netns] = counted.get(key.netns, 0) + number
-        if pairs and maps.totals.get(Total.LIVE_FULL):
+        if pairs and not maps.index_is_whole():
             counted |= {place.cookie: inf for place in self.namespaces.all()}
         return {place: n for place, n in counted.items() if only is None or place in only}
 

@@ -77,6 +77,7 @@ class Setting(IntEnum):
     FALLBACK = 5
     MOVING = 6
     REDIRECTS = 7
+    WHOLE = 8
 
 
 class Total(IntEnum):
