@@ -77,6 +77,18 @@ def test_lines_of_a_journal(tmp_path: Path) -> None:
         assert "node1 kubelet[2931]: first: prober.go] Readiness probe" in found[0]
 
 
+@pytest.mark.unit
+def test_what_is_in_two_logs_counts_once(tmp_path: Path) -> None:
+    """Those of rsyslog have what the journal has; klog's time tells one failure from another."""
+    first, second = (f"I1121 15:50:0{n}.115 {PROBE.format(TARGET)}" for n in (1, 2))
+    write_journal(tmp_path / "system.journal", ("kubelet", first), ("kubelet", second))
+    syslog, info = tmp_path / "syslog", tmp_path / "kubelet.INFO"
+    syslog.write_text(f"Nov 21 15:50:01 node1 kubelet[2931]: {first}\n")
+    info.write_text(f"{second}\n{first}\n")
+    found = probe_failures(TARGET, [syslog, tmp_path / "system.journal", info])
+    assert [each[-len(first) :] for each in found] == [first, second]
+
+
 @pytest.mark.kernel
 def test_the_journal_of_this_node(tmp_path: Path) -> None:
     """Where nothing else is said: a machine's own journal, in a file system of the test's own."""

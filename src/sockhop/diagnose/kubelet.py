@@ -23,6 +23,8 @@ _UNITS = ("kubelet", "k3s", "k3s-agent", "k0scontroller", "k0sworker",
 _JOURNAL = ("journalctl", "-n", "2000", "--no-pager", "-q", "-o", "short-iso")
 _SECONDS = 5
 _LINE_MAX = 400
+_LOGGER = re.compile(r"^.{,120}?\[\d+\]: ")
+"""What syslog and the journal put before a line: `Nov 21 15:50:02 node1 kubelet[2931]: `."""
 
 
 def probe_failures(target: str, logs: Sequence[Path] | None = None) -> list[str]:
@@ -30,13 +32,18 @@ def probe_failures(target: str, logs: Sequence[Path] | None = None) -> list[str]
 
     *logs*: files, and journals (directories, or files that end in .journal); None: where kubelet's
     log usually is. Of each file the last MiB is looked at, of a journal the last 2,000 lines of
-    the units that kubelet may be in. What cannot be read has no lines.
+    the units that kubelet may be in. What cannot be read has no lines. A line that is in several
+    logs counts once: where rsyslog runs, the journal's are in its files, too.
     """
     named = re.compile(rf"(?<![\d.]){re.escape(target)}(?!\d)")
     lines = [line for path in (LOGS if logs is None else logs) for line in _lines(path)]
     if logs is None and any(each.is_dir() for each in _JOURNALS):
         lines += _journal()
-    return [line[:_LINE_MAX] for line in lines if "probe" in line.lower() and named.search(line)]
+    found: dict[str, str] = {}
+    for line in lines:
+        if "probe" in line.lower() and named.search(line):
+            found.setdefault(_LOGGER.sub("", line), line[:_LINE_MAX])
+    return list(found.values())
 
 
 def _lines(path: Path) -> Iterable[str]:
