@@ -31,7 +31,7 @@ __all__ = [
 
 LISTEN = 1 << TCP_STATES.index("LISTEN") + 1
 """The state of servers' sockets, as SOCK_DIAG asks for it."""
-_STOPPED = ("T", "t")
+_STOPPED = (b"T", b"t")
 
 
 class Found(NamedTuple):
@@ -190,6 +190,6 @@ def _named(owners: Sequence[Namespace]) -> str:
 def is_stopped(pid: int) -> bool:
     """Whether a process has been stopped (SIGSTOP), or is being traced."""
     with suppress(OSError):
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
         return state in _STOPPED
     return False

@@ -8,6 +8,7 @@ import msgspec
 
 from sockhop.kernel.interfaces import Interface, interfaces_here, namespace_number
 from sockhop.kernel.namespaces import Namespace, NamespaceGone, entered, mounted_names
+from sockhop.kernel.procfs import command_of
 from sockhop.kernel.routes import Route, Routes
 from sockhop.model import unpack_address
 
@@ -146,6 +147,6 @@ def name_of(place: Namespace) -> str:
     name = mounted_names().get(place.inode, "")
     with suppress(OSError):
         process = place.path.parent.parent
-        if not name and process.parent == Path("/proc"):
-            name = f"{(process / 'comm').read_text().strip()}/{process.name}"
+        if not name and process.parent == Path("/proc") and process.name.isdecimal():
+            name = f"{command_of(int(process.name))}/{process.name}"
     return name or str(place.inode)

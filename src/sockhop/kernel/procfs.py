@@ -85,14 +85,18 @@ def boot_time() -> float:
 
 
 def command_of(pid: int) -> str:
-    """Return the name of a process's program; FileNotFoundError where there is no process."""
-    return (_PROC / str(pid) / "comm").read_text().strip()
+    """Return the name of a process's program; FileNotFoundError where there is no process.
+
+    Any process can choose its own, from any bytes: what cannot be printed is escaped.
+    """
+    text = (_PROC / str(pid) / "comm").read_bytes().removesuffix(b"\n").decode(errors="replace")
+    return "".join(each if each.isprintable() else f"\\x{ord(each):02x}" for each in text)
 
 
 def started_at(pid: int) -> float:
     """Return when a process started, in Unix seconds; FileNotFoundError where there is none."""
-    stat = (_PROC / str(pid) / "stat").read_text()
-    ticks = int(stat.rpartition(")")[2].split()[19])  # the 22nd field; the 2nd may hold anything
+    stat = (_PROC / str(pid) / "stat").read_bytes()
+    ticks = int(stat.rpartition(b")")[2].split()[19])  # the 22nd field; the 2nd may hold anything
     return boot_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
