@@ -1,5 +1,8 @@
 """Mounts are found wherever they are."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +41,23 @@ def test_mountinfo_is_read_as_the_kernel_writes_it() -> None:
     assert filesystem_type(Path("/sys/fs/bpf/sockhop")) == "bpf"  # the later mount hides the first
     assert filesystem_type(Path("/sys/fs/cgroup/systemd/x")) == "cgroup"
     assert filesystem_type(Path("/sys/fs/cgroups")) == "ext4"
+
+
+@pytest.mark.kernel
+def test_the_name_of_a_mount_is_any_bytes(tmp_path: Path) -> None:
+    """Whoever may mount something chooses it: neither UTF-8, nor without what ends lines."""
+    odd = os.fsencode(tmp_path) + b"/M\xfcsic\x0c\xc2\x85"
+    mount = 'mkdir "$0" && mount -t tmpfs none "$0" && exec "$@"'
+    script = (
+        "import os; from sockhop.kernel.cgroups import cgroup_root; cgroup_root();"
+        "from sockhop.kernel.mounts import mounts;"
+        "print(*(os.fsencode(each.point).hex() for each in mounts(of_type='tmpfs')))"
+    )
+    told = subprocess.run(
+        ["unshare", "-m", "sh", "-c", mount, odd, sys.executable, "-c", script],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert odd.hex() in told.stdout.split()
 
 
 @pytest.mark.unit

@@ -1,5 +1,6 @@
 """Mounts as /proc/self/mountinfo lists them (proc_pid_mountinfo(5))."""
 
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,8 @@ def mounts(mountinfo: Path | None = None, *, of_type: str = "") -> list[Mount]:
 
     *of_type*: only those of this type of filesystem.
     """
-    lines = (mountinfo or _MOUNTINFO).read_text().splitlines()
+    # A path is any bytes; of what ends a line elsewhere only the newline is escaped in it.
+    lines = os.fsdecode((mountinfo or _MOUNTINFO).read_bytes()).split("\n")[:-1]
     # No other field holds a space.
     return [_parse(line) for line in lines if not of_type or f" - {of_type} " in line]
 
@@ -37,8 +39,8 @@ def filesystem_type(path: Path) -> str:
 
 def _parse(line: str) -> Mount:
     fields, _, filesystem = line.partition(" - ")
-    root, point = (_unescape(field) for field in fields.split()[3:5])
-    return Mount(root, Path(point), filesystem.split()[0])
+    root, point = (_unescape(field) for field in fields.split(" ")[3:5])
+    return Mount(root, Path(point), filesystem.split(" ")[0])
 
 
 def _unescape(field: str) -> str:
