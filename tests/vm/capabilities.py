@@ -28,6 +28,16 @@ CAPABILITIES = {
         "tests/clients/test_socket_edges.py::test_one_udp_socket_connects_to_many",
         "tests/clients/test_socket_edges.py::test_a_udp_socket_that_is_dissolved_has_no_peer",
     ],
+    "explain": [
+        "tests/cli/test_explain.py::test_a_socket_of_another_process",
+        "tests/cli/test_explain.py::test_datagrams",
+        "tests/cli/test_explain.py::test_bypass",
+    ],
+    "health checks": [
+        "tests/agent/test_health.py::test_what_a_check_says",
+        "tests/agent/test_health.py::test_an_unhealthy_backend_gets_no_new_connections",
+        "tests/agent/test_health.py::test_an_agent_that_dies_forgets_nothing",
+    ],
     "severing by iterator": ["tests/datapath/test_ending.py", "-k iterator"],
     "severing by netlink": ["tests/datapath/test_ending.py", "-k netlink"],
     "policies": [
@@ -53,6 +63,19 @@ CAPABILITIES = {
     "auditing sockmaps, pair check, healing": [
         "tests/diagnose/test_audit.py::test_live_entries_and_stale_ones",
         "tests/diagnose/test_heal.py::test_the_incident_is_found_and_cured[Place.VETH4]",
+    ],
+    "doctor: why connections fail or hang": [
+        "tests/diagnose/test_doctor.py::test_server_not_listening",
+        "tests/diagnose/test_doctor.py::test_server_not_accepting",
+        "tests/diagnose/test_doctor.py::test_server_accepts_and_does_not_answer",
+        "tests/diagnose/test_doctor.py::test_no_free_local_port",
+        "tests/diagnose/test_doctor.py::test_stale_sockmap_entry",
+        "tests/diagnose/test_doctor.py::test_half_spliced_pair",
+        "tests/diagnose/test_doctor.py::test_no_backend_one_that_is_gone_and_a_policy",
+    ],
+    "doctor --watch": [
+        "tests/diagnose/test_watch.py::test_the_incident_is_found_once_and_its_end",
+        "tests/diagnose/test_watch.py::test_a_full_queue_is_found_and_its_end",
     ],
     "call paths: tcp_recvmsg instead of tcp_bpf_recvmsg": [
         "tests/diagnose/test_trace.py::test_the_first_difference",
