@@ -1,15 +1,20 @@
 """A change of policies is atomic: no socket meets a mix of two, or none."""
 
+import errno
 import os
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from sockhop.agent import policy_installer
 from sockhop.agent.policy_installer import PolicyInstaller
 from sockhop.datapath.policies import PolicySetting
 from sockhop.kernel import syscall
+from sockhop.kernel.maps import Map
+from sockhop.kernel.syscall import KernelError
 from sockhop.model import Policy
 from tests.datapath.node import Node
 from tests.datapath.rules import Policed, allow, deny, rule, verdict
@@ -92,3 +97,41 @@ def test_a_mutant_that_takes_all_away_first(node: Node) -> None:
             policed.apply(*policies)
 
         assert wrong_verdicts(policed, flip)
+
+
+def used(policed: Policed) -> tuple[int, ...]:
+    maps = policed.maps
+    return maps.clients.used(), maps.networks.used(), maps.ports.used()
+
+
+def test_what_fails_half_way_leaves_nothing(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No memory for an entry, say: the next try finds the room that there was."""
+    first, second = states()
+    store = PolicyInstaller._store
+
+    def refuse(*_: object) -> None:
+        raise KernelError("writing", errno.ENOMEM)
+
+    def half(self: PolicyInstaller, target: Map[Any, Any], entries: Any) -> None:
+        store(self, target, entries)
+        if target is self._maps.networks:
+            refuse()
+
+    with Policed(node) as policed:
+        policed.apply(*first)
+        before = used(policed)
+        for place, name, broken in (
+            (PolicyInstaller, "_store", half),
+            (policy_installer, "grace_period", refuse),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(place, name, broken)
+                with pytest.raises(KernelError):
+                    policed.apply(*second)
+            if broken is half:
+                assert used(policed) == before
+        policed.apply(*second)
+        after = used(policed)
+        policed.apply(*first)
+        policed.apply(*second)
+        assert used(policed) == after

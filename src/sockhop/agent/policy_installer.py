@@ -66,13 +66,18 @@ class PolicyInstaller:
             return False
         enforced = [policy for policy in policies if not policy.refused]
         self._check_room(table, len(enforced))
+        self._trusted = False  # until all is done
         self._set(PolicySetting.CHECKSUM, 0)
         if not table:
             self._set(PolicySetting.WORD, 0)
         else:
             epoch = maps.setting(PolicySetting.LATEST) + 1
             self._set(PolicySetting.LATEST, epoch)
-            self._write(table, epoch, self._name(enforced))
+            try:
+                self._write(table, epoch, self._name(enforced))
+            except SockhopError:
+                self._forget()
+                raise
             self._set(PolicySetting.WORD, epoch << 32 | flags_of(table))
         self._set(PolicySetting.CHECKSUM, number)
         # From here on no hook that still goes by the old epoch is running.
