@@ -459,3 +459,13 @@ def test_too_many_backends(tmp_path: Path) -> None:
         tmp_path, backends=backends
     )
     assert len(one(tmp_path, backends=backends[:65535]).frontends[0].backends) == 65535
+
+
+@pytest.mark.parametrize(
+    "field", ["health: {tcp: {}, interval: 5}", "intent: {tcp: {removed: {drain: 30}}}"]
+)
+def test_what_quotes_would_not_mend_asks_for_none(tmp_path: Path, field: str) -> None:
+    service = "name: a\n  frontends: ['10.0.0.1:80']\n  backends: []"
+    text = f"version: 1\nservices:\n- {service}\n  {field}\n"
+    said = refusal(tmp_path, text)
+    assert said.endswith('expected a duration such as "500ms", "30s", "5m", "3h" or "1d"')

@@ -193,7 +193,7 @@ def test_live_connections_outlast_every_way_out(inside: Inside) -> None:
         assert is_spliced(*late)
         late[0].sendall(b"unread")
         said = sandbox.sockhop("detach").stdout
-        assert "1 sockets with unread spliced bytes" in said
+        assert "1 socket with unread spliced bytes" in said
         assert late[1].recv(10) == b"unread"
         for pair in (ends, other, late):
             assert not is_spliced(*pair)

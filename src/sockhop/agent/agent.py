@@ -220,7 +220,8 @@ class _Agent:
                 loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
                 for number in _STOP_SIGNALS:
                     loop.add_signal_handler(number, self._on_stop)
-                _LOG.info("balancing, with %d services", self._state.services)
+                services = self._state.services
+                _LOG.info("balancing %d service%s", services, "" if services == 1 else "s")
                 # Something may have changed between the first reading and the watch.
                 self._wake.set()
                 await self._follow()

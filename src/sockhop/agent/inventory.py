@@ -5,25 +5,20 @@ from collections import defaultdict
 import msgspec
 
 from sockhop.agent.installed import read_installed, read_members, read_services
+from sockhop.agent.plan import scope_of
 from sockhop.agent.target import split_service_port
 from sockhop.datapath.balancer import BalanceMaps
-from sockhop.datapath.records import FrontendFlag, FrontendKey
-from sockhop.kernel.netns import current_cookie, inode
+from sockhop.kernel.netns import current_cookie
 from sockhop.model import Frontend, Protocol, unpack_address
 
 __all__ = [
-    "NOWHERE_ELSE",
     "BackendRow",
     "ServiceRow",
     "list_backends",
     "list_services",
-    "scope_of",
 ]
 
 _PROTOCOLS = {protocol.number: protocol for protocol in Protocol}
-
-NOWHERE_ELSE = "nowhere else"
-"""The scope of an entry that is no frontend: it says that others are looked up by namespace."""
 
 
 class ServiceRow(msgspec.Struct):
@@ -86,20 +81,6 @@ def list_services(maps: BalanceMaps) -> list[ServiceRow]:
             )
         )
     return sorted(rows, key=lambda row: (row.service, row.frontend, row.netns_cookie))
-
-
-def scope_of(key: FrontendKey, flags: FrontendFlag, own_cookie: int) -> str:
-    """Return where a frontend holds: everywhere, in one network namespace, or in all others.
-
-    A namespace is named by its inode if it is this thread's, whose cookie is *own_cookie*, else
-    by its cookie, from which the kernel leads to no name.
-    """
-    if key.netns:
-        own = key.netns == own_cookie
-        return f"netns {inode()}" if own else f"netns-cookie {key.netns}"
-    if FrontendFlag.ABSENT in flags:
-        return NOWHERE_ELSE
-    return "elsewhere" if FrontendFlag.SCOPED in flags else "everywhere"
 
 
 def list_backends(maps: BalanceMaps) -> list[BackendRow]:

@@ -4,10 +4,23 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from sockhop.agent.target import Entry, Member, Target
-from sockhop.datapath.records import FrontendKey
+from sockhop.datapath.records import FrontendFlag, FrontendKey
+from sockhop.kernel.netns import inode
 from sockhop.model import Backend, Frontend, Protocol, unpack_address
 
-__all__ = ["Change", "Installed", "InstalledEntry", "InstalledMember", "Plan", "make_plan"]
+__all__ = [
+    "NOWHERE_ELSE",
+    "Change",
+    "Installed",
+    "InstalledEntry",
+    "InstalledMember",
+    "Plan",
+    "make_plan",
+    "scope_of",
+]
+
+NOWHERE_ELSE = "nowhere else"
+"""The scope of an entry that is no frontend: it says that others are looked up by namespace."""
 
 
 class InstalledEntry(NamedTuple):
@@ -53,9 +66,20 @@ class Change(NamedTuple):
     entry: Entry
     detail: str = ""
 
-    def __str__(self) -> str:
-        title = f"{self.sign} {_title(self.key, self.entry)}"
-        return f"{title}: {self.detail}" if self.detail else title
+    @property
+    def is_met(self) -> bool:
+        """Whether any client can meet it: not what only says that there is nothing elsewhere."""
+        return bool(self.key.netns) or FrontendFlag.ABSENT not in self.entry.flags
+
+    def line(self, own_cookie: int) -> str:
+        """Return it in a line; *own_cookie* is that of this thread's network namespace."""
+        key, service = self.key, self.entry.service
+        protocol = next(p for p in Protocol if p.number == key.protocol)
+        frontend = Frontend(unpack_address(key.address), key.port, protocol)
+        scope = scope_of(key, self.entry.flags, own_cookie)
+        where = "" if scope == "everywhere" else f" ({scope})"
+        detail = f": {self.detail}" if self.detail else ""
+        return f"{self.sign} {service} {frontend}{where}{detail}"
 
 
 class Plan(NamedTuple):
@@ -128,10 +152,18 @@ def make_plan(target: Target, installed: Installed) -> Plan:
     return plan
 
 
-def _title(key: FrontendKey, entry: Entry) -> str:
-    protocol = next(p for p in Protocol if p.number == key.protocol)
-    where = f" in netns {key.netns}" if key.netns else ""
-    return f"{entry.service} {Frontend(unpack_address(key.address), key.port, protocol)}{where}"
+def scope_of(key: FrontendKey, flags: FrontendFlag, own_cookie: int) -> str:
+    """Return where a frontend holds: everywhere, in one network namespace, or in all others.
+
+    A namespace is named by its inode if it is this thread's, whose cookie is *own_cookie*, else
+    by its cookie, from which the kernel leads to no name.
+    """
+    if key.netns:
+        own = key.netns == own_cookie
+        return f"netns {inode()}" if own else f"netns-cookie {key.netns}"
+    if FrontendFlag.ABSENT in flags:
+        return NOWHERE_ELSE
+    return "elsewhere" if FrontendFlag.SCOPED in flags else "everywhere"
 
 
 def _size(backends: tuple[Backend, ...]) -> str:

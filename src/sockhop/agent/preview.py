@@ -6,8 +6,7 @@ import msgspec
 
 from sockhop.agent.capacity import MapNeed, Usage, map_needs
 from sockhop.agent.impact import Impact
-from sockhop.agent.inventory import scope_of
-from sockhop.agent.plan import Installed, Plan
+from sockhop.agent.plan import Installed, Plan, scope_of
 from sockhop.agent.policy_preview import PolicyChange
 from sockhop.agent.target import Member, split_service_port
 from sockhop.kernel.netns import current_cookie

@@ -111,7 +111,8 @@ class Synchronizer:
         # Until this has gone well, the next plan has to look at all that is installed.
         applied, self._applied = self._applied, None
         plan = self._plan(applied, wanted)
-        lines = list(map(str, islice(plan.changes(installer.installed), _LINES)))
+        changes = list(islice(plan.changes(installer.installed), _LINES))
+        lines = [change.line(self._home) for change in changes if change.is_met]
         if self._terminator:
             self._terminator.prepare(plan, wanted.services)
         state.generation = installer.apply(plan)
@@ -119,7 +120,7 @@ class Synchronizer:
             self._terminator.begin()
         for line in lines:
             _LOG.info("%s", line)
-        if more := plan.frontends - len(lines):
+        if more := plan.frontends - len(changes):
             _LOG.info("... and %d more frontends", more)
         state.services = len(loaded.desired.services)
         state.frontends = sum(len(service.frontends) for service in loaded.desired.services)

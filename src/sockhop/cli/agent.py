@@ -50,7 +50,7 @@ def _check_addresses(
 @click.option(
     "--metrics", default="", metavar="HOST:PORT", help="Serve /metrics and /healthz here."
 )
-@click.option("--node-name", default="", help="This node's name in Kubernetes.")
+@click.option("--node-name", metavar="NAME", default="", help="This node's name in Kubernetes.")
 @click.option("--detach-on-exit", is_flag=True, help="End balancing when the agent stops.")
 @click.option(
     "--settle-every",

@@ -58,6 +58,7 @@ def _options(default_services: int | None) -> Callable[[Callable[..., Any]], Cal
             click.option(
                 "--services",
                 type=click.IntRange(1, _MOST),
+                metavar="N",
                 multiple=several,
                 default=None,
                 help="How many services there are; may be given several times "
@@ -86,21 +87,33 @@ def _output_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return global_options(function)
 
 
-@command.command(epilog="Example: sockhop bench connect --services 10000 --plot connect.svg")
+@command.command(
+    short_help="Measure what a connection costs.",
+    epilog="Example: sockhop bench connect --services 10000 --plot connect.svg",
+)
 @_options(None)
 @click.option(
     "--rounds",
     type=click.IntRange(3, 10_000),
+    metavar="N",
     help=f"How many samples are taken of everything [default: {_ROUNDS}].",
 )
 @click.option(
     "--dialled",
     type=click.IntRange(1),
+    metavar="N",
     default=100,
     show_default=True,
     help="How many services of TCP, and of UDP, the clients dial in turn.",
 )
-@click.option("--seed", type=int, default=1, show_default=True, help="Which services these are.")
+@click.option(
+    "--seed",
+    type=int,
+    metavar="N",
+    default=1,
+    show_default=True,
+    help="Which services these are.",
+)
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -137,11 +150,15 @@ def connect(  # noqa: PLR0913, PLR0917 (an argument an option)
     _say(_connect_table(report))
 
 
-@command.command(epilog="Example: sockhop bench sync --services 10000 --output sync.json")
+@command.command(
+    short_help="Measure the way of manifests into the kernel.",
+    epilog="Example: sockhop bench sync --services 10000 --output sync.json",
+)
 @_options(10_000)
 @click.option(
     "--backends",
     type=click.IntRange(1, 1000),
+    metavar="N",
     default=10,
     show_default=True,
     help="How many backends each service has.",
@@ -167,11 +184,15 @@ def sync(services: int | None, quick: bool, output: Path | None, backends: int) 
     _say(_sync_table(report))
 
 
-@command.command(epilog="Example: sockhop bench splice --output splice.json")
+@command.command(
+    short_help="Measure splicing beside plain TCP.",
+    epilog="Example: sockhop bench splice --output splice.json",
+)
 @_output_options
 @click.option(
     "--rounds",
     type=click.IntRange(2, 10_000),
+    metavar="N",
     help=f"How many samples are taken of everything [default: {_SPLICE_ROUNDS}].",
 )
 @click.option(
@@ -204,23 +225,29 @@ def splice(quick: bool, output: Path | None, rounds: int | None, plot: Path | No
     _say(_splice_table(report))
 
 
-@command.command(epilog="Example: sockhop bench sever --sockets 10000 --output sever.json")
+@command.command(
+    short_help="Measure how long ending sockets takes.",
+    epilog="Example: sockhop bench sever --sockets 10000 --output sever.json",
+)
 @_output_options
 @click.option(
     "--sockets",
     type=click.IntRange(100, 200_000),
+    metavar="N",
     multiple=True,
     help="How many there are; may be given several times [default: 1000, 10000 and 100000].",
 )
 @click.option(
     "--namespaces",
     type=click.IntRange(1, 500),
+    metavar="N",
     multiple=True,
     help="In how many; may be given several times [default: 1, 10 and 100].",
 )
 @click.option(
     "--rounds",
     type=click.IntRange(2, 1000),
+    metavar="N",
     default=7,
     show_default=True,
     help="How often everything is measured.",

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from sockhop.cli.options import api_path, bpffs_path, cgroup_path, global_options
+from sockhop.cli.output import counted
 
 __all__ = ["command"]
 
@@ -38,17 +39,18 @@ def command() -> None:
     with lock_directory(pins):
         try:
             check_version(pins)
-            what = f"; {_count_sockets(pins)} live sockets"
+            what = f"; {counted(_count_sockets(pins), 'live socket')}"
             spliced = end_splicing(pins, cgroup_path())
         except OtherVersion:
             what, spliced = " what another version had installed; live sockets", 0
             stop_splicing(pins, cgroup_path())
         remove_pins(pins, cgroup_path())
     api_path().unlink(missing_ok=True)
-    click.echo(f"detached{what} lose their reverse translation")
+    click.echo(f"detached{what} left without reverse translation")
     if spliced:
         click.echo(
-            f"{spliced} sockets with unread spliced bytes keep the splice program until they close"
+            f"{counted(spliced, 'socket')} with unread spliced bytes: the splice program stays "
+            "with them until they are closed"
         )
 
 

@@ -35,8 +35,8 @@ def command(socket: str, output: str) -> int:
     """Say which frontend a socket dialled, which backend it has, by which rule and since when.
 
     SOCKET is PID:FD; or a cookie as `get sockets -o wide` shows it (or in hex, as 0x1f or, from
-    `ss -e`, sk:1f); or LOCAL>REMOTE, also written LOCAL-REMOTE, where REMOTE is the real peer or
-    the frontend; or one of these ends, if it names one socket. /tcp or /udp may follow. Exit
+    `ss -e`, sk:1f); or LOCAL>REMOTE, where REMOTE is the real peer or the frontend and - does for
+    >, too; or one of these ends, if it names one socket. /tcp or /udp may follow. Exit
     status 1 if there is no such socket, or if it is not balanced: then the reasons are given.
 
     Of a socket that sockhop has ended or moved, given its cookie, it says when, why and by which

@@ -135,11 +135,8 @@ def command(
 def _read(what: str, filters: tuple[str, ...], output: str) -> "Rows":
     if what == "sockets":
         return _read_sockets(" ".join(filters))
-    from sockhop.agent.inventory import (  # noqa: PLC0415 (slow to import)
-        NOWHERE_ELSE,
-        list_backends,
-        list_services,
-    )
+    from sockhop.agent.inventory import list_backends, list_services  # noqa: PLC0415 (slow to import)
+    from sockhop.agent.plan import NOWHERE_ELSE  # noqa: PLC0415
     from sockhop.agent.splices import list_splices  # noqa: PLC0415
     from sockhop.datapath.balancer import BalanceMaps  # noqa: PLC0415
 

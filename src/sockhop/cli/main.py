@@ -83,9 +83,11 @@ def _run() -> int:
         return result if isinstance(result, int) else 0
     except SockhopError as error:
         return _complain(str(error), error.exit_status)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
+    except click.UsageError as error:
+        return _complain(_usage(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         return 130
     except BrokenPipeError:
@@ -100,6 +102,14 @@ def _run() -> int:
             "  this is a bug in sockhop; SOCKHOP_TRACEBACK=1 shows where it happened",
             1,
         )
+
+
+def _usage(error: click.UsageError) -> str:
+    words = error.ctx.command_path if error.ctx else "sockhop"
+    command = words.removeprefix("sockhop").strip()
+    text = error.format_message().replace("\n\t", " ").rstrip(".")
+    text = f"{text[:1].lower()}{text[1:]}"
+    return f"{f'{command}: ' if command else ''}{text}\n  `{words} --help` says how"
 
 
 def _complain(text: str, status: int) -> int:

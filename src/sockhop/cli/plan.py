@@ -47,7 +47,7 @@ _SOCKETS = (
 
 @click.command(epilog="Example: sockhop plan -f services.yaml")
 @manifests_option
-@click.option("--node-name", default="", help="This node's name in Kubernetes.")
+@click.option("--node-name", metavar="NAME", default="", help="This node's name in Kubernetes.")
 @output_option
 @global_options
 def command(paths: tuple[Path, ...], node_name: str, output: str) -> int:
@@ -141,7 +141,7 @@ def _print_sockets(impact: "Impact") -> None:
 
 
 def _frontend_lines(shown: "Preview") -> Iterator[str]:
-    from sockhop.agent.inventory import NOWHERE_ELSE  # noqa: PLC0415 (slow to import)
+    from sockhop.agent.plan import NOWHERE_ELSE  # noqa: PLC0415 (slow to import)
 
     met = {change.frontend for change in shown.frontends if change.scope != NOWHERE_ELSE}
     for change in shown.frontends:

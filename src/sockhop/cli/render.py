@@ -45,7 +45,7 @@ class _PolicyRow(msgspec.Struct):
 
 @click.command(epilog="Example: sockhop render -f services.yaml -o json")
 @manifests_option
-@click.option("--node-name", default="", help="Render for the Kubernetes node of this name.")
+@click.option("--node-name", metavar="NAME", default="", help="This node's name in Kubernetes.")
 @output_option
 def command(paths: tuple[Path, ...], node_name: str, output: str) -> None:
     """Print the desired state that manifests describe. Needs no root, touches no kernel.

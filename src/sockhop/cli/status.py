@@ -59,7 +59,8 @@ class _Status(msgspec.Struct):
 def command(output: str) -> int:
     """Say whether and how balancing works here.
 
-    Exit status 0 if an agent runs, its sources are good and every hook is attached; else 1.
+    Exit status 0 if an agent runs, its sources are good, every hook is attached and bypass is off;
+    else 1.
     """
     status = read_status(bpffs_path(), api_path())
     if output in ("json", "yaml"):
@@ -133,7 +134,11 @@ def _lines(status: _Status, *, each: bool) -> list[tuple[str, str]]:
         lines = [("balancing", f"no: nothing is installed in {status.bpffs}")]
     if status.bypass:
         lines.append(("bypass", "ON: every connect passes untouched (sockhop bypass off)"))
-    lines += _agent_lines(status.agent)
+    if status.agent:
+        lines += _agent_lines(status.agent)
+    else:
+        rest = ": what is installed stays as it is" if status.hooks else ""
+        lines.append(("agent", f"not running{rest}"))
     if status.hooks:
         if status.agent is None:
             lines.append(("cgroup", status.cgroup))
@@ -163,9 +168,7 @@ def _other_lines(others: list[_Other], *, each: bool) -> list[str]:
     return lines
 
 
-def _agent_lines(agent: AgentState | None) -> list[tuple[str, str]]:
-    if agent is None:
-        return [("agent", "not running: what is installed stays as it is")]
+def _agent_lines(agent: AgentState) -> list[tuple[str, str]]:
     now = time.time()
     lines = [
         ("agent", f"pid {agent.pid}, version {agent.version}, up {age(now - agent.started_at)}"),

@@ -39,7 +39,12 @@ def dial_options(
             + (f"; {also}" if also else "."),
         ),
         click.option(
-            "--count", type=click.IntRange(1, 1000), default=count, show_default=True, help=counted
+            "--count",
+            type=click.IntRange(1, 1000),
+            metavar="N",
+            default=count,
+            show_default=True,
+            help=counted,
         ),
         click.option(
             "--timeout",

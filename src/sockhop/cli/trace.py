@@ -27,10 +27,16 @@ def command() -> None:
     """Record what the kernel does for some connections."""
 
 
-@command.command("path", epilog="Example: sockhop trace path 10.0.1.7:8080 --http /health")
+@command.command(
+    "path",
+    short_help="Compare an answered request with one that was not.",
+    epilog="Example: sockhop trace path 10.0.1.7:8080 --http /health",
+)
 @click.argument("target", metavar="ADDRESS:PORT")
-@click.option("--pid", type=click.IntRange(1), help="Only connections of this process.")
-@click.option("--comm", help="Only connections of programs of this name.")
+@click.option(
+    "--pid", type=click.IntRange(1), metavar="PID", help="Only connections of this process."
+)
+@click.option("--comm", metavar="NAME", help="Only connections of programs of this name.")
 @dial_options(
     http="Make connections that ask for this path, and trace those.",
     origin="Make them from",
@@ -51,6 +57,7 @@ def command() -> None:
     "--records",
     "most",
     type=click.IntRange(1, 200_000),
+    metavar="N",
     default=20_000,
     show_default=True,
     help="Keep so many records at the most, of about 350 bytes.",

@@ -40,7 +40,12 @@ _COLUMNS = (
     metavar="PATH",
     help="A manifest or a directory of manifests [default: those that the running agent follows].",
 )
-@click.option("--node-name", default="", help="This node's name in Kubernetes, for -f.")
+@click.option(
+    "--node-name",
+    metavar="NAME",
+    default="",
+    help="This node's name in Kubernetes, for -f.",
+)
 @output_option
 @global_options
 def command(paths: tuple[Path, ...], node_name: str, output: str) -> int:

@@ -21,7 +21,7 @@ def require_bpffs(directory: Path) -> None:
     kind = filesystem_type(directory)
     if kind != "bpf":
         raise SystemLackError(
-            f"{directory}: this is on a {kind} filesystem, pins need a BPF filesystem",
+            f"{directory}: this is on {kind}, pins need a BPF filesystem",
             hint="mount one with `mount -t bpf bpf /sys/fs/bpf`, "
             "or name a directory on one with --bpffs (SOCKHOP_BPFFS)",
         )

@@ -154,7 +154,7 @@ def mismatch(kind: Any, value: object) -> FieldError:
         hint=did_you_mean(value, choices)
         if isinstance(value, str) and value not in choices
         else "",
-        quote=str in members and isinstance(value, (bool, int, float)),
+        quote=isinstance(value, (bool, int, float)) and _fits(kind, shown(value)),
     )
 
 
