@@ -16,6 +16,7 @@ from tests.sandbox import SOCKHOP, Sandbox, ServerThread, compact, wait_until
 
 UNIT = Path(__file__).parents[2] / "packaging" / "sockhop.service"
 FRONTEND = "10.96.0.1"
+ELSEWHERE = "10.77.0.1"  # not a loopback address
 MANIFEST = "/etc/sockhop/services.yaml"
 needs_systemd = pytest.mark.skipif(not SYSTEMD.exists(), reason="systemd is not installed")
 needs_analyze = pytest.mark.skipif(
@@ -67,6 +68,23 @@ def dial() -> str:
 
 def web(backend: str) -> str:
     return compact(web={"frontends": [f"{FRONTEND}:80/tcp"], "backends": [backend]})
+
+
+def checked_elsewhere(container: Container) -> list[str]:
+    """Have a backend checked that is not on loopback, and does not listen; return the findings."""
+    services = container.run("cat", MANIFEST).stdout
+    health = {"tcp": {}, "interval": "100ms", "fall": 1}
+    service = {"frontends": [f"{FRONTEND}:80"], "backends": [f"{ELSEWHERE}:1"], "health": health}
+    container.write(MANIFEST, compact(web=service))
+
+    def unhealthy() -> list[str]:
+        status = container.run("/opt/sockhop/bin/sockhop", "status", "-o", "json", check=False)
+        health = json.loads(status.stdout)["agent"]["health"]
+        return [each["reason"] for each in health["unhealthy"]]
+
+    found: list[str] = wait_until(unhealthy, "a check fails")
+    container.write(MANIFEST, services)
+    return found
 
 
 @pytest.mark.kernel
@@ -144,9 +162,9 @@ def test_systemd_knows_every_setting_and_rates_it_ok(tmp_path: Path) -> None:
 def test_under_systemd_it_balances_reloads_restarts_and_stops(tmp_path: Path) -> None:
     with Container(tmp_path, UNIT, web("127.0.0.1:8080")) as container:
         serve = "cd /opt/source && exec /opt/python/bin/python3 -m http.server -b 127.0.0.1 8080"
-        container.run(
-            "sh", "-c", f"ip address add {FRONTEND}/32 dev lo; ({serve}) >/dev/null 2>&1 &"
-        )
+        for address in (FRONTEND, ELSEWHERE):
+            container.run("ip", "address", "add", f"{address}/32", "dev", "lo")
+        container.run("sh", "-c", f"({serve}) >/dev/null 2>&1 &")
         ask = ("curl", "-s", "-o", "/dev/null", "-w", "%{http_code}")
 
         def answer(host: str) -> str:
@@ -164,6 +182,7 @@ def test_under_systemd_it_balances_reloads_restarts_and_stops(tmp_path: Path) ->
         assert container.run("curl", "-s", "127.0.0.1:9464/healthz").stdout == "ok\n"
         # Mounted by the unit; pins made behind its mounts are there for everybody.
         assert container.run("ls", "/sys/fs/bpf/sockhop/links").stdout.split()
+        assert checked_elsewhere(container) == ["TCP connect: Connection refused"]
         container.systemctl("reload", "sockhop")
         wait_until(lambda: "SIGHUP" in container.log(), "the reload is logged")
 

@@ -114,7 +114,9 @@ class DeniedLately:
             what="datagram" if found.datagram else "connect",
             destination=f"{to}/{protocol.lower() if protocol else found.protocol}",
             rules=self._that_count(policy, found) if policy else [],
-            at=datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds"),
+            at=datetime.fromtimestamp(at, UTC)
+            .isoformat(timespec="milliseconds")
+            .replace("+00:00", "Z"),
             age=time.clock_gettime(time.CLOCK_BOOTTIME) - found.when / 1e9,
             process=_process(found.pid, at),
             cookie=cookie,

@@ -224,7 +224,7 @@ class _Names:
             backend_id=origin.backend,
             backend_state=self._backend_state(origin.backend),
             rule=REASONS[origin.reason],
-            since=since.isoformat(timespec="milliseconds"),
+            since=since.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             age=age,
             generation=origin.generation,
             generation_now=self._generation(origin),

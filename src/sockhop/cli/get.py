@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import click
 
 from sockhop.cli.options import api_path, bpffs_path, global_options, output_option, parse_duration
-from sockhop.cli.output import Column, age, print_rows
+from sockhop.cli.output import Column, age, phrases, print_rows
 from sockhop.cli.socket_columns import SOCKET_COLUMNS
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ _COLUMNS = {
         Column("CLIENTS", "clients"),
         Column("TARGETS", "targets"),
         Column("DENIED", "denied"),
-        Column("REMARKS", "reasons"),
+        Column("REMARKS", "reasons", text=phrases),
         Column("LIMITS", "limits", wide=True),
         Column("ID", "id", wide=True),
     ),

@@ -11,6 +11,7 @@ __all__ = [
     "age",
     "cells",
     "counted",
+    "phrases",
     "print_rows",
     "print_value",
     "shown",
@@ -88,6 +89,11 @@ def age(seconds: float) -> str:
 def counted(number: int, thing: str) -> str:
     """Return `1 service`, `2,000 services`."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def phrases(parts: Sequence[str]) -> str:
+    """Return the cell of *parts* in which there are blanks and commas."""
+    return "; ".join(parts) or "-"
 
 
 def _cell(value: Any, column: Column) -> str:

@@ -6,7 +6,7 @@ import click
 import msgspec
 
 from sockhop.cli.options import manifests_option, output_option
-from sockhop.cli.output import Column, print_rows, print_value
+from sockhop.cli.output import Column, phrases, print_rows, print_value
 from sockhop.model import Clients, Desired, Frontend, Policy, Redirect, Service
 
 __all__ = ["command"]
@@ -23,7 +23,7 @@ _POLICY_COLUMNS = (
     Column("ACTION", "action"),
     Column("CLIENTS", "clients"),
     Column("TARGETS", "targets"),
-    Column("REFUSED", "refused"),
+    Column("REFUSED", "refused", text=phrases),
 )
 
 
