@@ -82,6 +82,14 @@ def test_a_denied_connect_names_the_policy_and_the_rule(policed: Sandbox) -> Non
     assert f"policy no denied its connect to {DENIED}:80/tcp: it denies 127.0.9.0/24" in shown
 
 
+def test_where_a_server_listens_at_that_address(policed: Sandbox) -> None:
+    """The address names the server's socket, which nobody has asked about."""
+    with ServerThread("denied", DENIED, 80), denied(DENIED, 80):
+        status, found = explain(policed, f"{DENIED}:80")
+    assert (status, found["state"]) == (1, "LISTEN")
+    assert (found["denied"]["policy"], found["denied"]["what"]) == ("no", "connect")
+
+
 def test_what_an_allowance_leaves_out(policed: Sandbox) -> None:
     with denied("192.0.2.1", 443), denied("2001:db8::1", 443):
         for host in ("192.0.2.1:443", "[2001:db8::1]:443"):

@@ -33,6 +33,8 @@ def test_a_dry_run_says_what_would_be_and_does_nothing(node: Node) -> None:
     with Kinds() as kinds:
         result = node.sandbox.sockhop("sever", here, "service = a")
         assert "would be severed; nothing was done: --yes does it" in result.stderr
+        actions = {line.partition("  ")[0] for line in result.stdout.splitlines()}
+        assert actions == {"ACTION", "would sever"}
         found = rows(node, "sever", here, "service = a")
         assert {row["cookie"] for row in found} == {cookie(own) for own in kinds.with_a.values()}
         assert {row["action"] for row in found} == {"severed"}

@@ -75,7 +75,8 @@ class Explanation(msgspec.Struct):
 
     `peer_name` is what getpeername() gives, "" without a peer; `reasons` say why it is not
     balanced; `origin` is also there if the socket has left that backend since. `denied`: what a
-    policy denied it last. `inode` is 0 where no program has the socket open.
+    policy denied it last, or of one that listens, somebody who dialled it. `inode` is 0 where
+    no program has the socket open.
     """
 
     protocol: str

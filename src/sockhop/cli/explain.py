@@ -68,6 +68,9 @@ def command(socket: str, output: str) -> int:
             raise
         _print_denied(denied, output)
         return 1
+    if not found.remote and found.denied is None:  # others may have been denied to come to it
+        with DeniedLately(bpffs_path(), policies) as lately:
+            found.denied = next(iter(lately.at(socket)), None)
     past = history(str(found.cookie), log)
     if output in ("json", "yaml"):
         print_value(msgspec.to_builtins(found) | {"events": past.events if past else []}, output)

@@ -5,12 +5,10 @@ from collections import Counter
 import click
 
 from sockhop.cli.options import api_path, bpffs_path, global_options, output_option
-from sockhop.cli.output import Column, counted, print_rows
-from sockhop.cli.socket_columns import SOCKET_COLUMNS
+from sockhop.cli.output import counted, print_rows
+from sockhop.cli.socket_columns import action_columns
 
 __all__ = ["command"]
-
-_COLUMNS = (Column("ACTION", "action"), Column("REASON", "why"), *SOCKET_COLUMNS)
 
 
 @click.command(
@@ -34,7 +32,7 @@ def command(filters: tuple[str, ...], yes: bool, sever: bool, output: str) -> in
 
     rows = resteer_by_hand(" ".join(filters), bpffs_path(), api_path(), sever=sever, really=yes)
     if rows or output in ("json", "yaml"):
-        print_rows(rows, _COLUMNS, output)
+        print_rows(rows, action_columns(really=yes), output)
     number = Counter(row.action for row in rows)
     done = number[Action.RESTEERED] + number[Action.SEVERED]
     would = "" if yes else "would be "

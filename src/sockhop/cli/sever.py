@@ -3,12 +3,10 @@
 import click
 
 from sockhop.cli.options import api_path, bpffs_path, global_options, output_option
-from sockhop.cli.output import Column, counted, print_rows
-from sockhop.cli.socket_columns import SOCKET_COLUMNS
+from sockhop.cli.output import counted, print_rows
+from sockhop.cli.socket_columns import action_columns
 
 __all__ = ["command"]
-
-_COLUMNS = (Column("ACTION", "action"), Column("REASON", "why"), *SOCKET_COLUMNS)
 
 
 @click.command(
@@ -42,7 +40,7 @@ def command(filters: tuple[str, ...], yes: bool, engine: str, output: str) -> in
         " ".join(filters), bpffs_path(), api_path(), engine=EngineName(engine), really=yes
     )
     if rows or output in ("json", "yaml"):
-        print_rows(rows, _COLUMNS, output)
+        print_rows(rows, action_columns(really=yes), output)
     done = sum(row.action == Action.SEVERED for row in rows)
     if not rows:
         click.echo("no socket is meant by that", err=True)

@@ -2,9 +2,10 @@
 
 from sockhop.cli.output import Column, age
 
-__all__ = ["SOCKET_COLUMNS"]
+__all__ = ["SOCKET_COLUMNS", "action_columns"]
 
 _UNITS = ("", "K", "M", "G", "T")
+_WOULD = {"severed": "would sever", "resteered": "would resteer"}
 
 
 def _age(seconds: float | None) -> str:
@@ -39,3 +40,9 @@ SOCKET_COLUMNS = (
     Column("GENERATION", "generation", wide=True),
     Column("BACKEND-ID", "backend_id", wide=True),
 )
+
+
+def action_columns(*, really: bool) -> tuple[Column, ...]:
+    """Return the columns of what was done to sockets, or unless *really*, would be."""
+    text = str if really else (lambda action: _WOULD.get(action, action))
+    return (Column("ACTION", "action", text=text), Column("REASON", "why"), *SOCKET_COLUMNS)

@@ -132,8 +132,8 @@ def _lines(status: _Status, *, each: bool) -> list[tuple[str, str]]:
     lines = [("balancing", "yes" if status.balancing else "no: hooks are missing")]
     if not status.hooks:
         lines = [("balancing", f"no: nothing is installed in {status.bpffs}")]
-    if status.bypass:
-        lines.append(("bypass", "ON: every connect passes untouched (sockhop bypass off)"))
+    elif status.bypass:
+        lines = [("balancing", "no: bypass is on, every connect passes untouched")]
     if status.agent:
         lines += _agent_lines(status.agent)
     else:

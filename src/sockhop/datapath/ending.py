@@ -9,10 +9,11 @@ from math import inf
 from pathlib import Path
 from typing import Protocol
 
-from sockhop.datapath.balancer import BalanceMaps, map_directory
+from sockhop.datapath.balancer import BalanceMaps
 from sockhop.datapath.end_by_iterator import IteratorMethod, has_sock_destroy
 from sockhop.datapath.end_by_netlink import NetlinkMethod
 from sockhop.datapath.outcome import Action, Outcome
+from sockhop.datapath.pins import is_pinned
 from sockhop.datapath.records import BackendRecord
 from sockhop.datapath.sockets import Pair, Socket, Sockets
 from sockhop.errors import SystemLackError
@@ -223,5 +224,5 @@ def choose_engine(pins: Path, name: EngineName = EngineName.AUTO) -> Engine:
         return Engine(pins, [netlink])
     if name is EngineName.ITERATOR:
         return Engine(pins, [iterator])
-    installed = (map_directory(pins) / "provenance").exists()
+    installed = is_pinned(pins, "provenance")
     return Engine(pins, [iterator, netlink] if installed and has_sock_destroy() else [netlink])

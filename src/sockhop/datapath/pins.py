@@ -10,6 +10,7 @@ __all__ = [
     "NotInstalled",
     "OtherVersion",
     "check_version",
+    "is_pinned",
     "link_directory",
     "map_directory",
     "nothing_here",
@@ -32,6 +33,20 @@ def map_directory(pins: Path) -> Path:
 def link_directory(pins: Path) -> Path:
     """Return where the links are pinned, given the bpffs directory."""
     return pins / "links"
+
+
+def is_pinned(pins: Path, name: str) -> bool:
+    """Return whether there is a map of ours; SystemLackError where the caller may not know."""
+    path = map_directory(pins) / name
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise SystemLackError(
+            f"{path}: {error.strerror}", hint="run as root, or name another directory with --bpffs"
+        ) from None
+    return True
 
 
 def nothing_here(pins: Path) -> NotInstalled:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sockhop.datapath.balancer import NotInstalled, check_version, map_directory
+from sockhop.datapath.pins import is_pinned
 from sockhop.datapath.records import Provenance, SocketRecord
 from sockhop.kernel._libbpf import lib
 from sockhop.kernel.maps import U32, Map
@@ -114,7 +115,7 @@ class Sockets:
 
     def __init__(self, pins: Path) -> None:
         """Load them over the maps pinned below *pins*; NotInstalled where there are none."""
-        if not (map_directory(pins) / "provenance").exists():
+        if not is_pinned(pins, "provenance"):
             raise NotInstalled(f"{pins}: nothing is installed here", hint="is an agent running?")
         check_version(pins)
         self._object = BpfObject(object_path("sockets"), pins=map_directory(pins))

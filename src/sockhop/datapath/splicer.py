@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from sockhop.datapath.attachment import Owner, attach_hooks, detach_hooks, programs_in_force
 from sockhop.datapath.balancer import NotInstalled, link_directory, map_directory
+from sockhop.datapath.pins import is_pinned
 from sockhop.datapath.sockets import TCP_STATES, read_iterator
 from sockhop.datapath.splice_records import (
     SpliceCounters,
@@ -189,7 +190,7 @@ class Sweeper:
     def __init__(self, pins: Path, *, path: Path | None = None) -> None:
         """Load them over the maps pinned below *pins*; NotInstalled where there are none."""
         maps = map_directory(pins)
-        if not (maps / _SOCKHASH).exists():
+        if not is_pinned(pins, _SOCKHASH):
             raise NotInstalled(f"{pins}: nothing is spliced here", hint="is an agent running?")
         self._object = BpfObject(path or object_path("sweep"), pins=maps)
         layouts = self._object.layouts
