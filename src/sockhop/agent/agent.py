@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
+from socket import socket
 
 import msgspec
 
@@ -19,6 +20,7 @@ from sockhop.agent.coexist import Coexistence, refuse_rivals
 from sockhop.agent.events import EventLog, events_path
 from sockhop.agent.health import HealthKeeper
 from sockhop.agent.installer import Installer
+from sockhop.agent.listening import api_listener, metrics_listeners
 from sockhop.agent.notify import notify, watchdog_interval
 from sockhop.agent.orders import now
 from sockhop.agent.policies import PolicyKeeper
@@ -32,7 +34,7 @@ from sockhop.datapath.balancer import Balancer, check_room, map_directory, remov
 from sockhop.datapath.live_index import LiveIndex
 from sockhop.datapath.sockets import Sockets
 from sockhop.datapath.splicer import end_splicing
-from sockhop.errors import InputError, SystemLackError
+from sockhop.errors import SystemLackError
 from sockhop.kernel.bpffs import lock_directory
 from sockhop.kernel.cgroups import open_cgroup
 from sockhop.kernel.netns import current_cookie
@@ -76,7 +78,6 @@ def run_agent(options: AgentOptions) -> None:
 
     InputError or SystemLackError where it cannot start; then nothing has changed.
     """
-    listen = _parse_listen(options.metrics) if options.metrics else None
     sources = _Sources(options)
     first = sources.load()
     with ExitStack() as stack:
@@ -84,6 +85,8 @@ def run_agent(options: AgentOptions) -> None:
         stack.enter_context(lock_directory(options.pins))
         fresh = not map_directory(options.pins).exists()
         try:
+            api = stack.enter_context(api_listener(options.api))
+            metrics = stack.enter_context(metrics_listeners(options.metrics))
             check_room(options.pins, cgroup)
             refuse_rivals(survey(options.pins, options.cgroup), coexist=options.coexist)
             balancer = stack.enter_context(Balancer(options.pins, sizes=options.map_sizes))
@@ -113,20 +116,12 @@ def run_agent(options: AgentOptions) -> None:
             if fresh:
                 remove_pins(options.pins, options.cgroup)
             raise
-        asyncio.run(agent.follow(listen))
+        asyncio.run(agent.follow(api, metrics))
         for number in _STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # an impatient second one must not cut this short
         if options.detach_on_exit:
             end_splicing(options.pins, options.cgroup)
             remove_pins(options.pins, options.cgroup)
-
-
-def _parse_listen(text: str) -> tuple[str, int]:
-    """Return host and port of `HOST:PORT`; InputError for anything else."""
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or not 0 <= int(port) <= 65535:
-        raise InputError(f"--metrics {text}: expected HOST:PORT", hint="such as 127.0.0.1:9464")
-    return host.strip("[]"), int(port)
 
 
 class _Sources:
@@ -210,11 +205,11 @@ class _Agent:
         stack.callback(self.splicing.close)
         self.sync.splicing = self.splicing
 
-    async def follow(self, listen: tuple[str, int] | None) -> None:
+    async def follow(self, api: socket, metrics: list[socket]) -> None:
         """Serve, and apply each change of the sources, until a signal says to stop."""
         with FileWatcher(self._options.paths) as watcher:
             self._sources.watcher = watcher
-            async with self._servers(listen), self._ticking():
+            async with self._servers(api, metrics), self._ticking():
                 loop = asyncio.get_running_loop()
                 loop.add_reader(watcher.fileno(), self._on_change, watcher)
                 loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
@@ -279,17 +274,16 @@ class _Agent:
         self._wake.set()
 
     @asynccontextmanager
-    async def _servers(self, listen: tuple[str, int] | None) -> AsyncIterator[None]:
-        from sockhop.agent.api import api_application, serve_api  # noqa: PLC0415 (slow to import)
+    async def _servers(self, api: socket, metrics: list[socket]) -> AsyncIterator[None]:
+        from sockhop.agent.api import api_application, serve  # noqa: PLC0415 (slow to import)
 
         application = api_application(self._known_state, self._approve)
-        runners = [await serve_api(application, self._options.api)]
+        runners = [await serve(application, [api])]
         try:
-            if listen:
+            if metrics:
                 from sockhop.agent.metrics import (  # noqa: PLC0415
                     AgentCollector,
                     metrics_application,
-                    serve_metrics,
                 )
 
                 collector = AgentCollector(
@@ -301,12 +295,11 @@ class _Agent:
                     self._watching,
                 )
                 application = metrics_application(collector, self._state)
-                runners.append(await serve_metrics(application, *listen))
+                runners.append(await serve(application, metrics))
             yield
         finally:
             for runner in runners:
                 await runner.cleanup()
-            self._options.api.unlink(missing_ok=True)
 
     @asynccontextmanager
     async def _ticking(self) -> AsyncIterator[None]:

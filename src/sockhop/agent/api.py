@@ -1,18 +1,15 @@
 """The agent's HTTP API on a Unix socket: for root only, by SO_PEERCRED (unix(7))."""
 
-import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import msgspec
 from aiohttp import web
 
 from sockhop.agent.state import AgentState, HeldChange
-from sockhop.errors import SystemLackError
 
-__all__ = ["Approval", "api_application", "serve_api"]
+__all__ = ["Approval", "api_application", "serve"]
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Approve = Callable[[Sequence[int] | None], Sequence[HeldChange]]
@@ -47,26 +44,12 @@ def api_application(state: Callable[[], AgentState], approve: Approve) -> web.Ap
     return application
 
 
-async def serve_api(application: web.Application, path: Path) -> web.AppRunner:
-    """Serve *application* on the Unix socket *path* (0600 in a directory of 0700)."""
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # We hold the lock on the bpffs directory, so a socket file here is a dead agent's.
-        path.unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        before = os.umask(0o177)
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(before)
-    except OSError as error:
-        raise SystemLackError(
-            f"{path}: {error.strerror or error}",
-            hint="name another socket with --api (SOCKHOP_API)",
-        ) from None
+async def serve(application: web.Application, listeners: Iterable[socket.socket]) -> web.AppRunner:
+    """Serve *application* on these sockets, until the runner is cleaned up."""
     runner = web.AppRunner(application, access_log=None)
     await runner.setup()
-    await web.SockSite(runner, listener).start()
+    for listener in listeners:
+        await web.SockSite(runner, listener).start()
     return runner
 
 

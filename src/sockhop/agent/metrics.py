@@ -1,6 +1,5 @@
 """What Prometheus scrapes: /metrics and /healthz on a TCP address."""
 
-import socket
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,10 +21,9 @@ from sockhop.datapath.balancer import BalanceMaps
 from sockhop.datapath.policies import PolicyMaps, PolicySetting
 from sockhop.datapath.records import Setting
 from sockhop.diagnose.watch import Watch
-from sockhop.errors import InputError
 from sockhop.model import Protocol, endpoint
 
-__all__ = ["AgentCollector", "metrics_application", "serve_metrics"]
+__all__ = ["AgentCollector", "metrics_application"]
 
 _PROTOCOLS = {protocol.number: protocol.lower() for protocol in Protocol}
 
@@ -258,17 +256,3 @@ def metrics_application(collector: AgentCollector, state: AgentState) -> web.App
     application.router.add_get("/metrics", metrics)
     application.router.add_get("/healthz", healthz)
     return application
-
-
-async def serve_metrics(application: web.Application, host: str, port: int) -> web.AppRunner:
-    """Serve *application* on TCP."""
-    runner = web.AppRunner(application, access_log=None)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, host, port).start()
-    except (OSError, socket.gaierror) as error:
-        await runner.cleanup()
-        raise InputError(
-            f"--metrics {host}:{port}: {error.strerror or error}", hint="is the port in use?"
-        ) from None
-    return runner

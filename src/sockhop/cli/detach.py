@@ -23,6 +23,7 @@ def command() -> None:
     Links are known by their pins, wherever they are attached. Programs of ours that were attached
     without a link are looked for in the whole cgroup hierarchy.
     """
+    from sockhop.agent.listening import remove_socket  # noqa: PLC0415
     from sockhop.datapath.balancer import (  # noqa: PLC0415 (extension)
         OtherVersion,
         check_version,
@@ -45,7 +46,7 @@ def command() -> None:
             what, spliced = " what another version had installed; live sockets", 0
             stop_splicing(pins, cgroup_path())
         remove_pins(pins, cgroup_path())
-    api_path().unlink(missing_ok=True)
+    remove_socket(api_path())
     click.echo(f"detached{what} left without reverse translation")
     if spliced:
         click.echo(
