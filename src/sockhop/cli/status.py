@@ -177,7 +177,8 @@ def _agent_lines(agent: AgentState) -> list[tuple[str, str]]:
         (
             "installed",
             f"{counted(agent.services, 'service')}, {counted(agent.frontends, 'frontend')}, "
-            f"{counted(agent.backends, 'backend')}, generation {agent.generation}",
+            f"{counted(agent.backends, 'backend')}, {_policies(agent)}"
+            f"generation {agent.generation}",
         ),
         ("last sync", f"{age(now - agent.synced_at)} ago, took {agent.sync_seconds * 1e3:.0f} ms"),
     ]
@@ -205,6 +206,11 @@ def _agent_lines(agent: AgentState) -> list[tuple[str, str]]:
     lines += _splice_lines(agent.splicing)
     lines += _watch_lines(agent.watch)
     return lines + [("warning", warning) for warning in agent.source.warnings]
+
+
+def _policies(agent: AgentState) -> str:
+    number = sum(not policy.refused for policy in agent.policies)
+    return f"{number} {'policy' if number == 1 else 'policies'}, " if number else ""
 
 
 def _watch_lines(watch: WatchState) -> list[tuple[str, str]]:

@@ -66,7 +66,8 @@ def cgroup_root() -> Path:
     if not found:
         raise SystemLackError(
             "no cgroup2 hierarchy is mounted",
-            hint="mount one with `mount -t cgroup2 none /sys/fs/cgroup`",
+            hint="mount one with `mount -t cgroup2 none /sys/fs/cgroup`; where `ip netns exec` "
+            "hides it, use `nsenter --net=/run/netns/NAME`",
         )
     return found[0]
 
