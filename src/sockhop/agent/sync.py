@@ -3,7 +3,8 @@
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import NamedTuple
 
@@ -19,10 +20,11 @@ from sockhop.errors import InputError, SockhopError
 from sockhop.model import Desired, Service
 from sockhop.sources.files import Loaded
 
-__all__ = ["Synchronizer"]
+__all__ = ["Garbage", "Synchronizer"]
 
 _LOG = logging.getLogger(__name__)
 _LINES = 20
+_THAW_EVERY = 256
 
 
 class _Applied(NamedTuple):
@@ -41,6 +43,30 @@ class _Applied(NamedTuple):
             if (before := services.get(name)) is not service and before != service
         ]
         return changed + [name for name in services if name not in other.services]
+
+
+class Garbage:
+    """The garbage collector, kept from objects that are many, stay, and are no part of a cycle."""
+
+    def __init__(self) -> None:
+        self._times = 0
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Run without it: it would take half of the time; nor does it look at them afterwards.
+
+        What is garbage by then, or becomes it, would be kept too: now and then it looks at all.
+        """
+        gc.disable()
+        try:
+            yield
+        finally:
+            self._times += 1
+            if self._times % _THAW_EVERY == 0:
+                gc.unfreeze()
+                gc.collect()
+            gc.freeze()
+            gc.enable()
 
 
 class Synchronizer:
@@ -66,6 +92,7 @@ class Synchronizer:
         self._home = home
         self._terminator = terminator
         self._applied: _Applied | None = None
+        self._garbage = Garbage()
         self.places = PlaceFinder()
         self.splicing: Splicing | None = None
 
@@ -95,12 +122,8 @@ class Synchronizer:
 
     def apply(self, loaded: Loaded) -> Plan:
         """Apply what was loaded; raise SockhopError where the kernel does not take it."""
-        gc.disable()  # many objects and no cycle: the collector would take half of the time
-        try:
+        with self._garbage.kept():
             return self._apply(loaded)
-        finally:
-            gc.freeze()  # ... and go through all of them between two changes
-            gc.enable()
 
     def _apply(self, loaded: Loaded) -> Plan:
         state, installer = self._state, self._installer
