@@ -54,6 +54,19 @@ def test_one_that_is_mounted(name: str) -> None:
     assert number not in inodes()
 
 
+def test_who_only_visits_one_does_not_hold_it(name: str) -> None:
+    """Whoever looks at all namespaces, as we do, is in each of them for a moment."""
+    with mounted(name) as path:
+        number = netns.inode(path)
+        with subprocess.Popen(["nsenter", f"--net={path}", "sleep", "60"]) as visitor:
+            inside = Path(f"/proc/{visitor.pid}/ns/net")
+            wait_until(lambda: netns.inode(inside) == number, "the visitor")
+            (found,) = (each for each in Namespaces().all() if each.inode == number)
+            visitor.kill()
+        with entered(found):
+            assert netns.inode() == number
+
+
 def test_one_that_is_mounted_where_only_another_process_sees_it(name: str, tmp_path: Path) -> None:
     point = tmp_path / "pod"
     point.touch()

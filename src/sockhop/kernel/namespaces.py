@@ -73,7 +73,10 @@ class Namespaces:
         *quick*: but those that nothing but a descriptor holds. To find these all descriptors of the
         node are looked at, which takes some microseconds for each.
         """
-        self._look(lambda: False, _PLACES[:-1] if quick else _PLACES)
+        # A mount stays; a thread that is seen in a namespace may only be having a look at it.
+        self._look(
+            lambda: False, (_mounted, _of_threads) if quick else (_mounted, _of_threads, _held)
+        )
         return list(self._known.values())
 
     def by_inode(self, wanted: Collection[int]) -> list[Namespace]:
