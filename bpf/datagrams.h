@@ -3,6 +3,9 @@
  *
  * A socket has room for a few frontends in its storage; a program that talks to more of them from
  * one socket gets the others from an LRU, and so does a socket without storage (`peers` is null).
+ *
+ * Threads may share a socket, but hooks of sendmsg and recvmsg run with it locked, one at a time
+ * (BPF_CGROUP_RUN_SA_PROG_LOCK() in include/linux/bpf-cgroup.h), and nobody else writes here.
  */
 #ifndef SOCKHOP_DATAGRAMS_H
 #define SOCKHOP_DATAGRAMS_H
@@ -26,7 +29,7 @@ static __always_inline struct datagram_peer *peer_in(struct datagram_peers *peer
 	return bits ? &peers->peer[((lowest >> 1) - (lowest >> 3)) & (DATAGRAM_PEERS - 1)] : 0;
 }
 
-/* The peers of a frontend, at most one. The socket's lock is held. */
+/* The peers of a frontend, at most one. */
 static __always_inline __u32 peers_of(struct datagram_peers *peers, const struct frontend_key *key)
 {
 	__u32 bits = 0;
@@ -40,7 +43,7 @@ static __always_inline __u32 peers_of(struct datagram_peers *peers, const struct
 	return bits;
 }
 
-/* The peers whose answers come from there. The socket's lock is held. */
+/* The peers whose answers come from there. */
 static __always_inline __u32 peers_at(struct datagram_peers *peers, const __be32 *address,
 				      __u16 port)
 {
@@ -142,14 +145,12 @@ static __always_inline __u32 backend_before(struct datagram_peers *peers, __u64 
 	__u32 id = 0;
 
 	if (peers) {
-		bpf_spin_lock(&peers->lock);
 		*used = ++peers->clock;
 		peer = peer_in(peers, peers_of(peers, key));
 		if (peer) {
 			peer->used = *used;
 			id = peer->backend;
 		}
-		bpf_spin_unlock(&peers->lock);
 	}
 	if (id || !may_overflow(peers))
 		return id;
@@ -166,11 +167,8 @@ static __always_inline bool shares(struct datagram_peers *peers, __u64 cookie,
 	struct overflow_key reverse;
 	__u32 found = 0;
 
-	if (peers) {
-		bpf_spin_lock(&peers->lock);
+	if (peers)
 		found = peers_at(peers, backend->address, backend->port) & ~peers_of(peers, key);
-		bpf_spin_unlock(&peers->lock);
-	}
 	if (found || !may_overflow(peers))
 		return found;
 	reverse = overflow_key(cookie, TO_FRONTEND, backend->address, backend->port);
@@ -187,7 +185,6 @@ static __always_inline void keep_peer(struct datagram_peers *peers, __u64 cookie
 	__u32 bits;
 
 	if (peers) {
-		bpf_spin_lock(&peers->lock);
 		bits = peers_of(peers, key);
 		peer = peer_in(peers, bits ? bits : peers_at(peers, nowhere, 0));
 		if (peer) {
@@ -196,7 +193,6 @@ static __always_inline void keep_peer(struct datagram_peers *peers, __u64 cookie
 		}
 		if (!peer || before.backend_port)
 			peers->overflown = 1;
-		bpf_spin_unlock(&peers->lock);
 	}
 	/* A late answer of the backend of before still has its frontend. */
 	if (before.backend_port)
@@ -222,7 +218,6 @@ static __always_inline bool origin_of(struct datagram_peers *peers, __u64 cookie
 	int i;
 
 	if (peers) {
-		bpf_spin_lock(&peers->lock);
 #pragma unroll
 		for (i = 0; i < DATAGRAM_PEERS; i++) {
 			struct datagram_peer *peer = &peers->peer[i];
@@ -234,7 +229,6 @@ static __always_inline bool origin_of(struct datagram_peers *peers, __u64 cookie
 			copy_address(origin->address, peer->frontend_address);
 			origin->port = peer->frontend_port;
 		}
-		bpf_spin_unlock(&peers->lock);
 	}
 	if (!may_overflow(peers))
 		return latest;

@@ -224,12 +224,10 @@ struct datagram_peer {
 
 #define DATAGRAM_PEERS 4
 
-/* Threads may share a socket. All kernels run the hooks of sendmsg and recvmsg with it locked, see
- * BPF_CGROUP_RUN_SA_PROG_LOCK; the lock here is for readers, and for kernels that would not.
- */
+/* Only the hooks of sendmsg and recvmsg write here, one at a time: see datagrams.h. */
 struct datagram_peers {
 	struct datagram_peer peer[DATAGRAM_PEERS];
-	struct bpf_spin_lock lock;
+	struct bpf_spin_lock lock; /* for older programs of this ABI; nothing needs it */
 	__u32 clock;
 	__u32 overflown; /* not 0: look in datagram_overflow, too */
 };

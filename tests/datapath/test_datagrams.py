@@ -3,11 +3,13 @@
 import errno
 import socket
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from sockhop.datapath.memory import SocketMemory
 from sockhop.datapath.records import Total
 from sockhop.model import Algorithm, Backend, BackendState, Service
 from tests.datapath.node import Node, backend, service
@@ -106,6 +108,43 @@ def test_a_connected_socket_may_send_with_a_ttl(node: Node, echoes: Echoes, form
         client.sendmsg([b"who?"], [(*TTL[client.family], struct.pack("=i", 9))])
         echoes.received().reply()
         assert client.recvfrom(100)[1][:2] == dialled
+
+
+# --- one after another -----------------------------------------------------------------------
+
+# Long enough, some 3 microseconds, that two hooks which ran at once would lose counts.
+DAWDLE = (
+    "*used = ++peers->clock;",
+    "*used = READ_ONCE(peers->clock) + 1;\n"
+    "\t\tfor (int i = 0; i < 100; i++)\n\t\t\tbpf_ktime_get_boot_ns();\n"
+    "\t\tpeers->clock = *used;",
+)
+THREADS, SENDS = 4, 2000
+
+
+def used_by_threads(node: Node, form: str) -> int:
+    """Send from one socket by several threads; return how often a hook has counted that."""
+    with udp(form) as client, SocketMemory(node.sandbox.pins) as memory:
+
+        def send() -> None:
+            for _ in range(SENDS):
+                client.sendto(b"to nobody", (form.format(1), 53))
+
+        threads = [threading.Thread(target=send) for _ in range(THREADS)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+        (peer,) = memory.peers(client, 0)
+        return peer.used
+
+
+def test_threads_that_share_a_socket_take_turns(node: Node, tmp_path: Path) -> None:
+    """The kernel has the socket locked while a hook of sendmsg() runs, so ours lock nothing."""
+    node.install(at(1, *both(9)))
+    with node.mutated(tmp_path, DAWDLE):
+        counted = {form: used_by_threads(node, form) for form in FORMS.values()}
+    assert counted == dict.fromkeys(FORMS.values(), THREADS * SENDS)
 
 
 # --- one backend for a socket and a frontend ----------------------------------------------------
