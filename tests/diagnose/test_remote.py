@@ -123,8 +123,11 @@ def asked(prefix: list[str], port: int, path: str = "/health") -> Result:
     return result
 
 
-@pytest.mark.parametrize("port", [PLAIN, NOISY], ids=["plain", "a login script prints"])
-@pytest.mark.parametrize("there", [WITH_SOCKHOP, WITH_CURL], ids=["sockhop", "curl"])
+@pytest.mark.parametrize(
+    ("there", "port"),
+    [(WITH_SOCKHOP, PLAIN), (WITH_SOCKHOP, NOISY), (WITH_CURL, NOISY)],
+    ids=["sockhop", "sockhop, and a login script prints", "curl, and a login script prints"],
+)
 def test_over_ssh(stage: Stage, sshd: Sshd, there: tuple[str, ...], port: int) -> None:
     prefix = sshd.words(*there, port=port)
     with Server(stage) as server:
