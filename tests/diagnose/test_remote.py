@@ -114,12 +114,16 @@ def sshd(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ssh
         yield made
 
 
-def question(port: int, path: str = "/health") -> Question:
-    return Question(pack_address(SERVER), port, path, 1, 0.5)
+SOON = 0.5
+"""Seconds, where nothing comes."""
 
 
-def asked(prefix: list[str], port: int, path: str = "/health") -> Result:
-    (result,) = dial_remotely(prefix, question(port, path)).results
+def question(port: int, path: str = "/health", *, timeout: float = 10) -> Question:
+    return Question(pack_address(SERVER), port, path, 1, timeout)
+
+
+def asked(prefix: list[str], port: int, path: str = "/health", *, timeout: float = 10) -> Result:
+    (result,) = dial_remotely(prefix, question(port, path, timeout=timeout)).results
     return result
 
 
@@ -135,7 +139,7 @@ def test_over_ssh(stage: Stage, sshd: Sshd, there: tuple[str, ...], port: int) -
         assert (row.results, row.failed, row.percent) == ({Result.ANSWERED: 1}, 0, 0)
         assert row.origin == f"remote ({shlex.join(prefix)})"
     with rules(stage.sandbox.netns, "input tcp dport 7 drop"):
-        assert asked(prefix, 7) is Result.TIMEOUT
+        assert asked(prefix, 7, timeout=SOON) is Result.TIMEOUT
 
 
 def test_ssh_does_not_get_there(sshd: Sshd) -> None:
@@ -154,7 +158,7 @@ def test_a_remote_that_hangs(sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(remote, "_PATIENCE", 0.5)
     begin = time.monotonic()
     with pytest.raises(InputError, match=r"it has not ended within 2 s"):
-        dial_remotely(sshd.words("sleep", "30;"), question(80))
+        dial_remotely(sshd.words("sleep", "30;"), question(80, timeout=SOON))
     assert time.monotonic() - begin < 10
 
 
@@ -191,7 +195,8 @@ def test_what_curl_says(stage: Stage) -> None:
         ("close", Result.CLOSED),
     ):
         with Server(stage, does) as server:
-            assert asked(prefix, server.port) is result
+            silent = result is Result.SILENT
+            assert asked(prefix, server.port, timeout=SOON if silent else 10) is result
             if result.is_good:
                 assert asked(prefix, server.port, "") is Result.CONNECTED
     assert asked(prefix, 7) is Result.REFUSED
