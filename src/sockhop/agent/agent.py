@@ -17,7 +17,6 @@ import msgspec
 from sockhop import __version__
 from sockhop.agent.brake import Limits
 from sockhop.agent.coexist import Coexistence, refuse_rivals
-from sockhop.agent.events import EventLog, events_path
 from sockhop.agent.health import HealthKeeper
 from sockhop.agent.installer import Installer
 from sockhop.agent.listening import api_listener, metrics_listeners
@@ -34,7 +33,7 @@ from sockhop.datapath.balancer import Balancer, check_room, map_directory, remov
 from sockhop.datapath.live_index import LiveIndex
 from sockhop.datapath.sockets import Sockets
 from sockhop.datapath.splicer import end_splicing
-from sockhop.errors import SystemLackError
+from sockhop.errors import SockhopError, SystemLackError
 from sockhop.kernel.bpffs import lock_directory
 from sockhop.kernel.cgroups import open_cgroup
 from sockhop.kernel.netns import current_cookie
@@ -52,6 +51,9 @@ _CILIUM_EVERY = 2.0
 _PLACES_EVERY = 2.0
 _SWEEP_EVERY = 1.0
 _AGAIN = 5.0
+_RETRY = 2.0
+_PAUSE = 10
+"""A change that failed is tried again after so many times as long as it took, _RETRY at least."""
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -108,8 +110,7 @@ def run_agent(options: AgentOptions) -> None:
                 )
             )
             agent = _Agent(options, sources, balancer, installer, state, terminator)
-            agent.sync.note_source(first)
-            agent.sync.apply(agent.health.mark(first))
+            agent.sync.begin(first)
             balancer.attach(cgroup)
             agent.splice(stack)
         except BaseException:
@@ -125,7 +126,7 @@ def run_agent(options: AgentOptions) -> None:
 
 
 class _Sources:
-    """The manifests, without what is left to another tool.
+    """The manifests, and what of them is left to another tool.
 
     Only those are looked at that `watcher` says were touched, or all, once: without a watcher,
     and where `everywhere` is set.
@@ -141,6 +142,10 @@ class _Sources:
         touched = self.watcher.take_touched() if self.watcher else None
         loaded = self._files.load(None if self.everywhere else touched)
         self.everywhere = False
+        return loaded
+
+    def leave_out(self, loaded: Loaded) -> Loaded:
+        """Return *loaded* without what is left to another tool."""
         if self.coexistence is None:
             return loaded
         self.coexistence.refresh()
@@ -179,7 +184,7 @@ class _Agent:
         self._stopping = False
         self._terminator = terminator
         self._orders_changed = asyncio.Event()
-        self._watching = Watching(EventLog(events_path(options.api)), options.watch_every)
+        self._watching = Watching(terminator.recorder.append, options.watch_every)
         state.watch = self._watching.state
         self.health = HealthKeeper(
             self._wake.set,
@@ -190,8 +195,9 @@ class _Agent:
             ),
         )
         self.sync = Synchronizer(
-            self._load, installer, terminator.policies, state, current_cookie(), terminator
+            sources.load, installer, terminator.policies, state, current_cookie(), terminator
         )
+        self.sync.mark = self._mark
 
     def splice(self, stack: ExitStack) -> None:
         """From now on splice what the sources and the options opt in."""
@@ -228,22 +234,37 @@ class _Agent:
 
     async def _follow(self) -> None:
         ready = False
+        wait: float | None = None
         while True:
-            await self._wake.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._wake.wait()
             self._wake.clear()
             if self._stopping:
                 return
             await asyncio.sleep(_SETTLE)
-            self._rejections.write()  # before the counters of what is removed go
-            self.sync.run()
-            self._terminator.run()
+            begin = time.monotonic()
+            good = self._keep_in_line()
+            # What has failed may have had a cause that no change of the sources will tell of.
+            wait = None if good else max(_RETRY, _PAUSE * (time.monotonic() - begin))
             self._orders_changed.set()
             status = f"STATUS={self._state.services} services, generation {self._state.generation}"
             notify(status) if ready else notify("READY=1", status)
             ready = True
 
-    def _load(self) -> Loaded:
-        return self.health.mark(self._sources.load())
+    def _keep_in_line(self) -> bool:
+        """Apply what the sources say now; return whether that went well."""
+        try:
+            self._rejections.write()  # before the counters of what is removed go
+            good = self.sync.run()
+            self._terminator.run()
+        except (SockhopError, OSError) as error:
+            _LOG.error("what is installed stays, another try follows: %s", error)
+            return False
+        return good
+
+    def _mark(self, loaded: Loaded) -> Loaded:
+        return self.health.mark(self._sources.leave_out(loaded))
 
     def _on_change(self, watcher: FileWatcher) -> None:
         try:

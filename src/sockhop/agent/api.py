@@ -11,6 +11,9 @@ from sockhop.agent.state import AgentState, HeldChange
 
 __all__ = ["Approval", "api_application", "serve"]
 
+_PATIENCE = 1.0
+"""Seconds that a client may keep a server from ending; aiohttp takes them twice."""
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Approve = Callable[[Sequence[int] | None], Sequence[HeldChange]]
 
@@ -46,7 +49,7 @@ def api_application(state: Callable[[], AgentState], approve: Approve) -> web.Ap
 
 async def serve(application: web.Application, listeners: Iterable[socket.socket]) -> web.AppRunner:
     """Serve *application* on these sockets, until the runner is cleaned up."""
-    runner = web.AppRunner(application, access_log=None)
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=_PATIENCE)
     await runner.setup()
     for listener in listeners:
         await web.SockSite(runner, listener).start()

@@ -132,8 +132,10 @@ class Carrier:
         for work in self._work.values():
             if work.parked or work.order.trigger is not Trigger.REMOVED:
                 work.next = min(work.next, now())
-        for order in [each for each in self._orders if each.standing is Standing.RETURNED]:
-            if not self._live()[order.pair]:
+        returned = [each for each in self._orders if each.standing is Standing.RETURNED]
+        live = self._live() if returned else {}
+        for order in returned:
+            if not live.get(order.pair):
                 self._orders.drop(order.pair)
 
     def parked(self) -> int:
@@ -143,7 +145,8 @@ class Carrier:
     def draining(self) -> int:
         """Return how many sockets a drain is about, never too few."""
         pairs = {o.pair for o in self._due_ever() if o.intent.kind is IntentKind.DRAIN}
-        return sum(self._live()[pair] for pair in pairs) if pairs else 0
+        live = self._live() if pairs else {}
+        return sum(live.get(pair, 0) for pair in pairs)
 
     def run(self) -> float:
         """Carry out what is due; return when to come again, in the time of now()."""

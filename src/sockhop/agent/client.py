@@ -17,6 +17,12 @@ _SECONDS = 5
 T = TypeVar("T")
 
 
+class _Refusal(msgspec.Struct):
+    """What comes with every status but 200."""
+
+    error: str
+
+
 class RunningAgent(NamedTuple):
     """What an agent says of itself, and its pid as this process sees it."""
 
@@ -43,14 +49,26 @@ def _ask(api: Path, request: str, body: bytes, kind: type[T]) -> tuple[T, int] |
         pid, answer = _exchange(api, request, body)
     except (FileNotFoundError, ConnectionRefusedError):
         return None
+    except TimeoutError:
+        raise SystemLackError(
+            f"{api}: the agent does not answer within {_SECONDS} s",
+            hint="it is busy with a large change, or hangs: see its log",
+        ) from None
     except OSError as error:
         raise SystemLackError(
             f"{api}: {error.strerror or error}", hint="run as root, or name the socket with --api"
         ) from None
     head, _, content = answer.partition(b"\r\n\r\n")
-    if b" 200 " not in head.partition(b"\r\n")[0]:
-        raise SystemLackError(f"{api}: {content.decode(errors='replace')}", hint="run as root")
-    return msgspec.json.decode(content, type=kind), pid
+    try:
+        if b" 200 " in head.partition(b"\r\n")[0]:
+            return msgspec.json.decode(content, type=kind), pid
+        problem = msgspec.json.decode(content, type=_Refusal).error
+    except msgspec.DecodeError:
+        raise SystemLackError(
+            f"{api}: the answer is not an agent's of this version",
+            hint="is it ending, or another version? restart it",
+        ) from None
+    raise SystemLackError(f"{api}: {problem}")
 
 
 def _exchange(api: Path, request: str, body: bytes) -> tuple[int, bytes]:

@@ -22,9 +22,12 @@ def notify(*assignments: str) -> None:
         assignments += (f"MONOTONIC_USEC={time.monotonic_ns() // 1000}",)
     # A leading @ stands for the NUL of an abstract address.
     to = "\0" + address[1:] if address.startswith("@") else address
-    channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-    channel.settimeout(_SECONDS if "READY=1" in assignments else 0)
-    with channel, suppress(OSError):  # nobody listening any more is the manager's affair
+    # Nobody may listen any more, or no descriptor be left: no reason to end.
+    with (
+        suppress(OSError),
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel,
+    ):
+        channel.settimeout(_SECONDS if "READY=1" in assignments else 0)
         channel.sendto("\n".join(assignments).encode(), to)
 
 

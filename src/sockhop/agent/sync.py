@@ -69,6 +69,10 @@ class Garbage:
             gc.enable()
 
 
+def _as_it_is(loaded: Loaded) -> Loaded:
+    return loaded
+
+
 class Synchronizer:
     """Brings what is installed in line with the sources, and notes in `state` how that went."""
 
@@ -86,6 +90,9 @@ class Synchronizer:
         *terminator* is told of each change; without it live sockets stay as they are.
         """
         self._load = load
+        self.mark: Callable[[Loaded], Loaded] = _as_it_is
+        """Adds what is known apart from the sources, also while these are broken."""
+        self._good: Loaded | None = None
         self._installer = installer
         self._policies = policies
         self._state = state
@@ -96,28 +103,50 @@ class Synchronizer:
         self.places = PlaceFinder()
         self.splicing: Splicing | None = None
 
+    def begin(self, first: Loaded) -> None:
+        """Apply what the sources said first; raise SockhopError as :meth:`apply` does."""
+        self._good = first
+        marked = self.mark(first)
+        self.note_source(marked)
+        self.apply(marked)
+        self._state.synced_at = time.time()
+
     def run(self) -> bool:
-        """Read the sources and apply them. On an error keep the last good state, and say so."""
+        """Read the sources and apply them; on an error, which is said, the last good state.
+
+        Return whether what is installed is what the sources say.
+        """
         begin = time.monotonic()
         try:
-            loaded = self._load()
+            good = self._good = self._load()
         except InputError as error:
             if str(error) != self._state.source.error:
                 _LOG.error("the last good state stays in force: %s", error)
             self._state.failed(str(error))
+            if self._good:
+                self._try(self.mark(self._good))
             return False
-        self.note_source(loaded)
+        marked = self.mark(good)
+        self.note_source(marked)
+        if not self._try(marked):
+            return False
+        self._state.synced_at = time.time()
+        self._state.sync_seconds = time.monotonic() - begin
+        _LOG.debug("synchronised in %.0f ms", self._state.sync_seconds * 1e3)
+        return True
+
+    def _try(self, loaded: Loaded) -> bool:
+        """Apply what was loaded; where the kernel does not take it, say so."""
         try:
             self.apply(loaded)
         except SockhopError as error:
-            _LOG.error("not applied: %s", error)
+            if str(error) != self._state.sync_error:
+                _LOG.error("not applied: %s", error)
             self._installer.read()  # what was written before it failed is there
             if self._terminator:
                 self._terminator.begin(applied=False)
             self._state.sync_error = str(error)
             return False
-        self._state.sync_seconds = time.monotonic() - begin
-        _LOG.debug("synchronised in %.0f ms", self._state.sync_seconds * 1e3)
         return True
 
     def apply(self, loaded: Loaded) -> Plan:
@@ -138,7 +167,12 @@ class Synchronizer:
         lines = [change.line(self._home) for change in changes if change.is_met]
         if self._terminator:
             self._terminator.prepare(plan, wanted.services)
-        state.generation = installer.apply(plan)
+        try:
+            state.generation = installer.apply(plan)
+        except SockhopError:
+            # A service for which there is no room must not keep a denial from being in force.
+            self._enforce(meant, desired)
+            raise
         if self._terminator:
             self._terminator.begin()
         for line in lines:
@@ -148,13 +182,16 @@ class Synchronizer:
         state.services = len(loaded.desired.services)
         state.frontends = sum(len(service.frontends) for service in loaded.desired.services)
         state.backends = len(installer.installed.members)
-        self._policies.apply(desired, self._home, self.places)
-        state.policies = policy_states(meant, self.places)
-        state.synced_at, state.sync_error = time.time(), ""
+        self._enforce(meant, desired)
+        state.sync_error = ""
         self._applied = wanted
         if self.splicing:
             self.splicing.apply(desired, installer.installed.services)
         return plan
+
+    def _enforce(self, meant: Desired, desired: Desired) -> None:
+        self._policies.apply(desired, self._home, self.places)
+        self._state.policies = policy_states(meant, self.places)
 
     def _plan(self, applied: "_Applied | None", wanted: "_Applied") -> Plan:
         """Compare what is *wanted* with what is installed, or only what differs from *applied*."""

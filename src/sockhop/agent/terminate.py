@@ -167,6 +167,11 @@ class Terminator:
         return self._enforcer.policies
 
     @property
+    def recorder(self) -> Recorder:
+        """What keeps the record of what was done."""
+        return self._recorder
+
+    @property
     def totals(self) -> Mapping[tuple[str, str, str], int]:
         """What was done to sockets since the agent started, by action, trigger and protocol."""
         return self._recorder.totals

@@ -4,9 +4,9 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-from sockhop.agent.events import Event, EventKind, EventLog
+from sockhop.agent.events import Event, EventKind
 from sockhop.agent.state import WatchState
 from sockhop.diagnose.causes import Cause
 from sockhop.diagnose.watch import Changes, Watch
@@ -20,11 +20,12 @@ _LOG = logging.getLogger(__name__)
 class Watching:
     """Looks every `every` seconds in a thread of its own, and records what changes."""
 
-    def __init__(self, log: EventLog, every: float) -> None:
+    def __init__(self, append: Callable[[Iterable[Event]], None], every: float) -> None:
+        """*append* writes events; that it fails must be its own affair."""
         self.state = WatchState(every)
         self.totals: Counter[Cause] = Counter()
         """Findings since this process began."""
-        self._log = log
+        self._append = append
 
     async def run(self) -> None:
         """Look until cancelled. Where the kernel does not let us, that is logged and shown."""
@@ -47,7 +48,7 @@ class Watching:
             _LOG.warning("%s: %s; %s", each.cause, each.because, each.advice)
         for each in changes.over:
             _LOG.info("over: %s: %s", each.cause, each.because)
-        self._log.append(change_events(changes))
+        self._append(change_events(changes))
 
 
 def _timed(watch: Watch) -> tuple[Changes, float]:
