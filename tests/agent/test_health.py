@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import resource
 import signal
 import socket
 import threading
@@ -19,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sockhop.agent.health import HealthKeeper, Opinion, with_quarantine
-from sockhop.agent.health_check import Prober
+from sockhop.agent.health_check import Prober, UnaskedError
 from sockhop.agent.state import UnhealthyBackend
 from sockhop.agent.target import Member
 from sockhop.model import Backend, BackendState, Desired, Frontend, HealthCheck, Protocol, Service
@@ -174,6 +175,65 @@ def test_what_is_installed_as_quarantined_stays_so_until_its_check_succeeds() ->
     asyncio.run(first_marks())
 
 
+@pytest.mark.unit
+def test_doubts_are_about_services_of_which_most_backends_fail_now() -> None:
+    """Also those that have failed once only: of many that fail together one is the first."""
+
+    async def results() -> None:
+        check = HealthCheck(fall=3)
+        checked = service(check, *[BackendState.ACTIVE] * 4, BackendState.MAINTENANCE)
+        keeper = HealthKeeper(lambda: None, ())
+        keeper.mark(Loaded(Desired((checked,)), ()))
+        opinions = list(keeper._opinions.values())
+        assert len(opinions) == 4
+        for opinion in opinions:
+            opinion.note("", check)
+        assert not keeper.doubts()
+        for opinion in opinions[:2]:
+            opinion.note("refused", check)
+        assert not keeper.doubts()  # half of them is not most
+        opinions[2].note("refused", check)
+        assert keeper.doubts() == {"shop/web": "3 of 4 backends of shop/web fail their checks"}
+        assert not keeper.state().unhealthy
+        opinions[0].note("", check)
+        assert not keeper.doubts()
+
+    asyncio.run(results())
+
+
+@pytest.mark.unit
+def test_what_goes_wrong_in_a_check_is_said_and_ends_none(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Faulty(Prober):
+        async def ask(self, address: str, port: int, check: HealthCheck) -> str | None:
+            times.append(port)
+            enough.set() if len(times) == 10 else None
+            raise RuntimeError("no idea")
+
+    times: list[int] = []
+    enough = asyncio.Event()
+
+    async def results() -> None:
+        check = HealthCheck(interval=0.001)
+        keeper = HealthKeeper(lambda: None, ())
+        checked = service(check, BackendState.ACTIVE, BackendState.ACTIVE)
+        keeper.mark(Loaded(Desired((checked,)), ()))
+        prober, turns = Faulty(), asyncio.Semaphore(2)
+        follow = [
+            asyncio.create_task(keeper._follow(key, prober, turns)) for key in keeper._services
+        ]
+        await enough.wait()
+        assert not any(task.done() for task in follow)
+        assert keeper.state().unasked == {"RuntimeError('no idea')": 2}
+        assert not keeper.state().unhealthy
+        for task in follow:
+            task.cancel()
+
+    asyncio.run(results())
+    assert caplog.text.count("cannot check") == 1
+
+
 # --- one look -------------------------------------------------------------------------------------
 
 
@@ -207,6 +267,27 @@ def test_what_a_check_says(sandbox: Sandbox, backends: Backends) -> None:
             )
             found = await prober.ask("10.99.0.1", 80, http)
             assert found == "GET /health: Network is unreachable"
+
+    asyncio.run(look())
+
+
+@pytest.mark.kernel
+def test_what_keeps_the_agent_from_asking_says_nothing_of_a_backend(
+    sandbox: Sandbox, backends: Backends
+) -> None:
+    host, port = backends.endpoints["one"].split(":")
+
+    async def look() -> None:
+        async with Prober() as prober:
+            assert await prober.ask(host, int(port), HealthCheck(timeout=5)) == ""
+            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+            try:
+                for check in (HealthCheck(timeout=5), HealthCheck(path="/health", timeout=5)):
+                    with pytest.raises(UnaskedError, match="Too many open files"):
+                        await prober.ask(host, int(port), check)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
     asyncio.run(look())
 
@@ -305,6 +386,22 @@ def test_where_none_is_healthy(sandbox: Sandbox, backends: Backends) -> None:
 
 
 @pytest.mark.kernel
+def test_checks_go_on_while_a_source_is_broken(sandbox: Sandbox, backends: Backends) -> None:
+    path = sandbox.manifest(backends.manifest())
+    with sandbox.agent(path) as agent:
+        publish(path, "services: [")
+        wait_until(lambda: agent.status()["source"]["error"], "the error")
+        synced = agent.status()["synced_at"]
+        backends.status["one"] = 503
+        wait_until(lambda: unhealthy(agent) == [backends.endpoints["one"]], "the finding")
+        wait_until(lambda: asked() == {"two"}, "the quarantine")
+        backends.status["one"] = 200
+        wait_until(lambda: asked() == {"one", "two"}, "the recovery")
+        assert agent.status()["source"]["error"]
+        assert agent.status()["synced_at"] == synced
+
+
+@pytest.mark.kernel
 def test_an_agent_that_dies_forgets_nothing(sandbox: Sandbox, backends: Backends) -> None:
     """While a backend is unhealthy: at no moment does the next agent let it serve."""
     backends.status["one"] = 503
@@ -323,3 +420,25 @@ def test_an_agent_that_dies_forgets_nothing(sandbox: Sandbox, backends: Backends
         assert asked() == {"two"}
         assert unhealthy(agent) == [backends.endpoints["one"]]
         assert "unhealthy before" in agent.status()["health"]["unhealthy"][0]["reason"]
+
+
+@pytest.mark.kernel
+def test_a_policy_that_forbids_the_agent_to_ask_makes_nobody_unhealthy(
+    sandbox: Sandbox, backends: Backends
+) -> None:
+    manifest = json.loads(backends.manifest())
+    denied = {"name": "nobody", "deny": [{"cidr": "10.96.0.0/16"}]}
+    path = sandbox.manifest(json.dumps(manifest))
+    with sandbox.agent(path, "--metrics", "127.0.0.1:9464") as agent:
+        wait_until(lambda: min(backends.checks.values(), default=0) > 0, "checks")
+        publish(path, json.dumps(manifest | {"policies": [denied]}))
+        why = {"Operation not permitted": 2}
+        wait_until(lambda: agent.status()["health"]["unasked"] == why, "the denial")
+        time.sleep(5 * 0.1)
+        assert not unhealthy(agent)
+        assert "2 backends: the agent can't ask" in sandbox.sockhop("status").stdout
+        with urllib.request.urlopen("http://127.0.0.1:9464/metrics", timeout=5) as answer:
+            assert "sockhop_health_unasked_backends 2.0" in answer.read().decode()
+        assert agent.log.read_text().count("cannot check ") == 1
+        publish(path, json.dumps(manifest))
+        wait_until(lambda: not agent.status()["health"]["unasked"], "answers")

@@ -44,7 +44,9 @@ def web(*backends: object) -> Service:
     return service("web", f"{VIP}:80/tcp", backends=backends, intents=SEVER)
 
 
-def opened(node: Node, directory: Path) -> AbstractContextManager[Terminator]:
+def opened(
+    node: Node, directory: Path, *, brake: bool = False
+) -> AbstractContextManager[Terminator]:
     """A terminator as an agent has it when it starts."""
     policies = PolicyKeeper(node.balancer.policies, node.sandbox.cgroup)
     return opened_terminator(
@@ -52,7 +54,7 @@ def opened(node: Node, directory: Path) -> AbstractContextManager[Terminator]:
         directory / "api.sock",
         node.maps,
         node.installer,
-        Limits(brake=False),
+        Limits(brake=brake),
         policies,
     )
 

@@ -194,6 +194,7 @@ class _Agent:
                 if known.backend.state is BackendState.QUARANTINED
             ),
         )
+        terminator.doubts = self.health.doubts
         self.sync = Synchronizer(
             sources.load, installer, terminator.policies, state, current_cookie(), terminator
         )

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import random
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
@@ -69,6 +69,8 @@ class Opinion:
 
     def __init__(self, *, healthy: bool | None = None, reason: str = "") -> None:
         self.healthy = healthy
+        self.failing = healthy is False
+        """Whether the last result was bad."""
         self.reason = reason
         self.since = time.time()
         self._against = 0
@@ -76,6 +78,7 @@ class Opinion:
     def note(self, reason: str, check: HealthCheck) -> bool:
         """Take a result, "" or what is wrong; return whether it turned the opinion."""
         good = not reason
+        self.failing = not good
         if good is self.healthy:
             self._against = 0
             self.reason = reason
@@ -112,6 +115,7 @@ class HealthKeeper:
         self._opinions: dict[_Key, Opinion] = {}
         self._services: dict[_Key, list[str]] = {}
         self._marked: dict[str, tuple[Service, frozenset[Address], Service]] = {}
+        self._unasked: dict[_Key, str] = {}
         self._changed = asyncio.Event()
 
     def mark(self, loaded: Loaded) -> Loaded:
@@ -136,6 +140,7 @@ class HealthKeeper:
             self._changed.set()
         self._services, self._marked, self._before = wanted, marked, set()
         self._opinions = {key: self._opinions[key] for key in wanted}
+        self._unasked = {key: why for key, why in self._unasked.items() if key in wanted}
         if not marked:
             return loaded
         desired = msgspec.structs.replace(loaded.desired, services=tuple(services))
@@ -180,7 +185,26 @@ class HealthKeeper:
                 if (opinion := self._opinions[key]).healthy is False
                 for name in names
             ],
+            dict(Counter(self._unasked.values())),
         )
+
+    def doubts(self) -> dict[str, str]:
+        """Return the services of which most backends fail now, and what that says, a sentence.
+
+        Not only those that are quarantined already: where the network of this node is broken they
+        fail together, but one is always the first. It may be the checks that are wrong then.
+        """
+        checked: Counter[str] = Counter()
+        failing: Counter[str] = Counter()
+        for key, names in self._services.items():
+            checked.update(names)
+            if self._opinions[key].failing:
+                failing.update(names)
+        return {
+            name: f"{count:,} of {checked[name]:,} backends of {name} fail their checks"
+            for name, count in failing.items()
+            if count * 2 > checked[name]
+        }
 
     async def run(self) -> None:
         """Check until cancelled."""
@@ -205,14 +229,31 @@ class HealthKeeper:
 
     async def _follow(self, key: _Key, prober: "Prober", turns: asyncio.Semaphore) -> None:
         while True:
-            async with turns:
-                reason = await prober.ask(*key)
+            reason = await self._ask(key, prober, turns)
             opinion = self._opinions.get(key)
             if reason is not None and opinion and opinion.note(reason, key.check):
                 self._say(key, opinion)
                 self._wake()
             # Not all of them in step.
             await asyncio.sleep(key.check.interval * random.uniform(0.9, 1.1))
+
+    async def _ask(self, key: _Key, prober: "Prober", turns: asyncio.Semaphore) -> str | None:
+        """Return what :meth:`Prober.ask` does; what keeps the agent from it is logged once."""
+        from sockhop.agent.health_check import UnaskedError  # noqa: PLC0415 (slow to import)
+
+        try:
+            async with turns:
+                reason = await prober.ask(*key)
+        except Exception as error:  # noqa: BLE001 (without it this backend is never asked again)
+            why = str(error) if isinstance(error, UnaskedError) else repr(error)
+            if why not in self._unasked.values():
+                where = endpoint(key.address, key.port)
+                names = ", ".join(self._services.get(key, ()))
+                _LOG.warning("cannot check %s of %s, and maybe others: %s", where, names, why)
+            self._unasked[key] = why
+            return None
+        self._unasked.pop(key, None)
+        return reason
 
     def _say(self, key: _Key, opinion: Opinion) -> None:
         names = ", ".join(self._services[key])

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from errno import EACCES, EADDRNOTAVAIL, EMFILE, ENFILE, ENOBUFS, ENOMEM, EPERM
 from types import TracebackType
 from typing import Self
 
@@ -11,10 +12,18 @@ from yarl import URL
 from sockhop import __version__
 from sockhop.model import HealthCheck, endpoint
 
-__all__ = ["Prober"]
+__all__ = ["Prober", "UnaskedError"]
 
 _LATE = 0.1
 """Seconds by which the agent itself may be late to see a timeout."""
+
+_OUR_OWN = {EACCES, EADDRNOTAVAIL, EMFILE, ENFILE, ENOBUFS, ENOMEM, EPERM}
+"""What connect(2) and socket(2) say before anything is sent: too few descriptors, ports or memory
+here, or a firewall or policy that forbids the agent to ask."""
+
+
+class UnaskedError(Exception):
+    """A backend could not be asked, for a reason that is none of its own."""
 
 
 class Prober:
@@ -42,7 +51,8 @@ class Prober:
         """Return "" if the backend at *address*, *port* is healthy, else what is wrong.
 
         None if nothing was learnt, since the agent itself was late. As a kubelet's probe, an
-        answer of 200 to 399 is good; redirects are not followed.
+        answer of 200 to 399 is good; redirects are not followed. UnaskedError says why nothing
+        was sent.
         """
         port = check.port or port
         loop = asyncio.get_running_loop()
@@ -57,6 +67,8 @@ class Prober:
                 return None
             return f"{check}: no answer within {check.timeout:g} s"
         except OSError as error:
+            if error.errno in _OUR_OWN:
+                raise UnaskedError(os.strerror(error.errno)) from None
             return f"{check}: {os.strerror(error.errno) if error.errno else error}"
         except aiohttp.ServerDisconnectedError:
             return f"{check}: closed without a whole answer"

@@ -227,6 +227,11 @@ def _health(state: HealthState) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "sockhop_health_checked_backends", "Backends that are checked.", value=state.checked
     )
+    yield GaugeMetricFamily(
+        "sockhop_health_unasked_backends",
+        "Backends that the agent could not ask last time, for a reason of its own.",
+        value=sum(state.unasked.values()),
+    )
     family = GaugeMetricFamily(
         "sockhop_backend_unhealthy",
         "1 for each backend that is quarantined since its checks fail.",

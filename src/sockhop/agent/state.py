@@ -118,10 +118,15 @@ class UnhealthyBackend(msgspec.Struct):
 
 
 class HealthState(msgspec.Struct):
-    """How many backends are checked, and which of them are unhealthy, once for each service."""
+    """How many backends are checked, and which of them are unhealthy, once for each service.
+
+    `unasked`: how many could not be asked last time, by what kept the agent from it: nothing is
+    learnt of them then.
+    """
 
     checked: int = 0
     unhealthy: list[UnhealthyBackend] = []
+    unasked: dict[str, int] = {}
 
 
 class AgentState(msgspec.Struct):

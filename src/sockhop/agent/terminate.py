@@ -8,7 +8,7 @@ has been applied (:meth:`Terminator.begin`).
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -42,12 +42,11 @@ _LOG = logging.getLogger(__name__)
 
 
 class _Prepared(NamedTuple):
-    """What a change means, as found before it was applied; `held`: why it waits, or ""."""
+    """What a change means, as found before it was applied, each with why it waits, or ""."""
 
     change: int
-    found: Sequence[Concern]
+    found: Sequence[tuple[Concern, str]]
     sockets: Mapping[Pair, int]
-    held: str
 
 
 class Terminator:
@@ -72,6 +71,8 @@ class Terminator:
         self._enforcer = enforcer
         self._denials = Denials(reach, recorder, limits, lambda: read_services(maps), self._rules)
         self._services: Mapping[str, Service] = {}
+        self.doubts: Callable[[], Mapping[str, str]] = dict
+        """Returns why the checks of services are not to be believed, by service."""
         self._prepared: _Prepared | None = None
 
     # --- a change -----------------------------------------------------------------------------
@@ -96,6 +97,7 @@ class Terminator:
         pairs, held = {each.pair for each in live}, ""
         if any(each.intent.kind is not IntentKind.LEAVE for each in live):
             held = self._limits.reason_to_wait(plan, installed, may_end(live, sockets))
+        doubted = self._doubted(found)
         change, at = self._maps.setting(Setting.GENERATION) + 1, now()
         for each in found:
             self._orders.drop(each.pair)
@@ -103,9 +105,23 @@ class Terminator:
             if each.intent.kind is not IntentKind.LEAVE and (
                 each.pair in pairs or each.trigger is not Trigger.REMOVED
             ):
-                self._orders.add(_order(each, change, at, held))
-        self._prepared = _Prepared(change, live, sockets, held)
+                self._orders.add(_order(each, change, at, held or doubted.get(each.pair, "")))
+        self._prepared = _Prepared(
+            change, [(each, held or doubted.get(each.pair, "")) for each in live], sockets
+        )
         self._orders.save()
+
+    def _doubted(self, found: Iterable[Concern]) -> Mapping[Pair, str]:
+        """Return what ends no socket, since the checks that ask for it may be wrong, and why."""
+        ends = [
+            each
+            for each in found
+            if each.trigger is Trigger.QUARANTINED
+            and each.intent.kind in (IntentKind.SEVER, IntentKind.DRAIN)
+        ]
+        doubts = self.doubts() if ends and self._limits.brake else {}
+        whys = {each.pair: doubts.get(split_service_port(each.member.service)[0]) for each in ends}
+        return {pair: why for pair, why in whys.items() if why}
 
     def begin(self, *, applied: bool = True) -> None:
         """Let time run for what was prepared; without *applied* for what of it has happened."""
@@ -178,19 +194,19 @@ class Terminator:
 
     def held(self) -> list[HeldChange]:
         """Return what waits for approval, by change."""
-        by_change: defaultdict[int, list[Order]] = defaultdict(list)
+        by_change: defaultdict[tuple[int, str], list[Order]] = defaultdict(list)
         for order in self._orders:
             if order.standing is Standing.HELD:
-                by_change[order.change].append(order)
+                by_change[order.change, order.held].append(order)
         sockets = self._live() if by_change else {}
         return self._denials.held() + [
             HeldChange(
                 change,
-                orders[0].held,
+                held,
                 sum(sockets.get(order.pair, 0) for order in orders),
                 _summary(orders),
             )
-            for change, orders in sorted(by_change.items())
+            for (change, held), orders in sorted(by_change.items())
         ]
 
     def _rules(self, service: str) -> tuple[IntentRule, ...]:
@@ -248,12 +264,12 @@ class Terminator:
 
     def _note(self, prepared: _Prepared) -> None:
         """Write what a change means into the events and the log."""
-        stamp, change, held = time.time(), prepared.change, prepared.held
-        groups: defaultdict[tuple[str, Trigger, str], list[Concern]] = defaultdict(list)
-        for each in prepared.found:
-            groups[each.member.service, each.trigger, str(each.intent)].append(each)
+        stamp, change = time.time(), prepared.change
+        groups: defaultdict[tuple[str, Trigger, str, str], list[Concern]] = defaultdict(list)
+        for each, held in prepared.found:
+            groups[each.member.service, each.trigger, str(each.intent), held].append(each)
         events = []
-        for (service, trigger, intent), found in groups.items():
+        for (service, trigger, intent, held), found in groups.items():
             names = sorted({endpoint(each.member.address, each.member.port) for each in found})
             events.append(
                 Event(
@@ -267,7 +283,7 @@ class Terminator:
                 )
             )
         self._recorder.append(events)
-        if held:
+        for held in sorted({held for _, held in prepared.found} - {""}):
             _LOG.warning("change %d ends no socket before `sockhop approve`: %s", change, held)
 
     def _live(self) -> Mapping[Pair, int]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from sockhop.agent.state import AgentState, SplicingState, WatchState
+from sockhop.agent.state import AgentState, HealthState, SplicingState, WatchState
 from sockhop.cli.approve import held_text
 from sockhop.cli.options import api_path, bpffs_path, cgroup_path, global_options, output_option
 from sockhop.cli.output import age, counted, print_value, table
@@ -184,12 +184,7 @@ def _agent_lines(agent: AgentState) -> list[tuple[str, str]]:
     ]
     found = agent.termination
     lines += [("HELD (sockhop approve)", held_text(change)) for change in found.held]
-    for backend in agent.health.unhealthy:
-        where = f"{endpoint(backend.address, backend.port)} of {backend.service}"
-        lines.append(("UNHEALTHY", f"{where}: {backend.reason}, for {age(now - backend.since)}"))
-    if agent.health.checked:
-        checked = counted(agent.health.checked, "backend")
-        lines.append(("health", f"{checked} checked, {len(agent.health.unhealthy)} unhealthy"))
+    lines += _health_lines(agent.health)
     if found.draining:
         lines.append(("draining", counted(found.draining, "socket")))
     if found.parked:
@@ -211,6 +206,19 @@ def _agent_lines(agent: AgentState) -> list[tuple[str, str]]:
 def _policies(agent: AgentState) -> str:
     number = sum(not policy.refused for policy in agent.policies)
     return f"{number} {'policy' if number == 1 else 'policies'}, " if number else ""
+
+
+def _health_lines(health: HealthState) -> list[tuple[str, str]]:
+    now, lines = time.time(), []
+    for backend in health.unhealthy:
+        where = f"{endpoint(backend.address, backend.port)} of {backend.service}"
+        lines.append(("UNHEALTHY", f"{where}: {backend.reason}, for {age(now - backend.since)}"))
+    if health.checked:
+        checked = counted(health.checked, "backend")
+        lines.append(("health", f"{checked} checked, {len(health.unhealthy)} unhealthy"))
+    for why, count in sorted(health.unasked.items()):
+        lines.append(("NOT CHECKED", f"{counted(count, 'backend')}: the agent can't ask: {why}"))
+    return lines
 
 
 def _watch_lines(watch: WatchState) -> list[tuple[str, str]]:
