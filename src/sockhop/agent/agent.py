@@ -22,10 +22,11 @@ from sockhop.agent.installer import Installer
 from sockhop.agent.listening import api_listener, metrics_listeners
 from sockhop.agent.notify import notify, watchdog_interval
 from sockhop.agent.orders import now
+from sockhop.agent.overrides import Overrides
 from sockhop.agent.policies import PolicyKeeper
 from sockhop.agent.rejections import RejectionLog
 from sockhop.agent.splicing import SpliceOptions, Splicing
-from sockhop.agent.state import AgentState, HeldChange, SourceState
+from sockhop.agent.state import AgentState, BackendRequest, HeldChange, Override, SourceState
 from sockhop.agent.sync import Synchronizer
 from sockhop.agent.terminate import Terminator, opened_terminator
 from sockhop.agent.watching import Watching
@@ -184,6 +185,7 @@ class _Agent:
         self._stopping = False
         self._terminator = terminator
         self._orders_changed = asyncio.Event()
+        self._overrides = Overrides(options.api, options.pins, terminator.recorder.append)
         self._watching = Watching(terminator.recorder.append, options.watch_every)
         state.watch = self._watching.state
         self.health = HealthKeeper(
@@ -265,7 +267,7 @@ class _Agent:
         return good
 
     def _mark(self, loaded: Loaded) -> Loaded:
-        return self.health.mark(self._sources.leave_out(loaded))
+        return self.health.mark(self._overrides.mark(self._sources.leave_out(loaded)))
 
     def _on_change(self, watcher: FileWatcher) -> None:
         try:
@@ -284,12 +286,23 @@ class _Agent:
     def _known_state(self) -> AgentState:
         self._state.termination = self._terminator.state()
         self._state.health = self.health.state()
+        self._state.overrides = self._overrides.state()
         return self._state
 
     def _approve(self, changes: Sequence[int] | None) -> Sequence[HeldChange]:
         approved = self._terminator.approve(changes)
         self._orders_changed.set()
         return approved
+
+    def _set_backend(self, asked: BackendRequest) -> Sequence[Override]:
+        said = self._overrides.say(
+            (asked.address, asked.port), asked.state, service=asked.service, seconds=asked.seconds
+        )
+        self._keep_in_line()
+        self._orders_changed.set()
+        if self._state.sync_error:
+            raise SystemLackError(f"noted, but not in force yet: {self._state.sync_error}")
+        return said
 
     def _on_stop(self) -> None:
         self._stopping = True
@@ -299,7 +312,7 @@ class _Agent:
     async def _servers(self, api: socket, metrics: list[socket]) -> AsyncIterator[None]:
         from sockhop.agent.api import api_application, serve  # noqa: PLC0415 (slow to import)
 
-        application = api_application(self._known_state, self._approve)
+        application = api_application(self._known_state, self._approve, self._set_backend)
         runners = [await serve(application, [api])]
         try:
             if metrics:
@@ -362,10 +375,13 @@ class _Agent:
                 index.settle({old.id for old in self._installer.installed.members.values()})
 
     async def _follow_places(self) -> None:
-        """Notice that a namespace or cgroup which clients name by path is there, or another one."""
+        """Notice that a namespace or cgroup which clients name by path is there, or another one.
+
+        And that the time of what was said by hand is over.
+        """
         while True:
             await asyncio.sleep(_PLACES_EVERY)
-            if self.sync.places.outdated():
+            if self.sync.places.outdated() or self._overrides.overdue():
                 self._wake.set()
 
     async def _terminate(self) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 import msgspec
 from aiohttp import web
 
-from sockhop.agent.state import AgentState, HeldChange
+from sockhop.agent.state import AgentState, BackendRequest, HeldChange, Override
+from sockhop.errors import SystemLackError
 
 __all__ = ["Approval", "api_application", "serve"]
 
@@ -16,6 +17,7 @@ _PATIENCE = 1.0
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Approve = Callable[[Sequence[int] | None], Sequence[HeldChange]]
+SetBackend = Callable[[BackendRequest], Sequence[Override]]
 
 
 class Approval(msgspec.Struct):
@@ -24,11 +26,15 @@ class Approval(msgspec.Struct):
     changes: list[int] | None = None
 
 
-def api_application(state: Callable[[], AgentState], approve: Approve) -> web.Application:
+def api_application(
+    state: Callable[[], AgentState], approve: Approve, set_backend: SetBackend
+) -> web.Application:
     """Return the application.
 
     GET /v1/status gives *state* as JSON; POST /v1/approve takes an :class:`Approval` to *approve*
-    and gives what it let go, a list of :class:`sockhop.agent.state.HeldChange`.
+    and gives what it let go, a list of :class:`sockhop.agent.state.HeldChange`; POST /v1/backend
+    takes a :class:`sockhop.agent.state.BackendRequest` to *set_backend* and gives the list of
+    :class:`sockhop.agent.state.Override` that it made, or ended.
     """
 
     async def get_status(_: web.Request) -> web.Response:
@@ -41,9 +47,20 @@ def api_application(state: Callable[[], AgentState], approve: Approve) -> web.Ap
             return web.json_response({"error": str(error)}, status=400)
         return web.json_response(body=msgspec.json.encode(approve(approval.changes)))
 
+    async def post_backend(request: web.Request) -> web.Response:
+        try:
+            asked = msgspec.json.decode(await request.read(), type=BackendRequest)
+        except msgspec.DecodeError as error:
+            return web.json_response({"error": str(error)}, status=400)
+        try:
+            return web.json_response(body=msgspec.json.encode(set_backend(asked)))
+        except SystemLackError as error:
+            return web.json_response({"error": str(error)}, status=500)
+
     application = web.Application(middlewares=[_root_only])
     application.router.add_get("/v1/status", get_status)
     application.router.add_post("/v1/approve", post_approve)
+    application.router.add_post("/v1/backend", post_backend)
     return application
 
 

@@ -8,10 +8,10 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from sockhop.agent.state import AgentState, HeldChange
+from sockhop.agent.state import AgentState, BackendRequest, HeldChange, Override
 from sockhop.errors import SystemLackError
 
-__all__ = ["RunningAgent", "approve_changes", "ask_agent"]
+__all__ = ["RunningAgent", "approve_changes", "ask_agent", "set_backend"]
 
 _SECONDS = 5
 T = TypeVar("T")
@@ -40,6 +40,12 @@ def approve_changes(api: Path, changes: Sequence[int] | None) -> list[HeldChange
     """Have the agent let go what is held, all or *changes*; None where no agent listens."""
     body = msgspec.json.encode({"changes": changes})
     answer = _ask(api, "POST /v1/approve", body, list[HeldChange])
+    return answer[0] if answer else None
+
+
+def set_backend(api: Path, request: BackendRequest) -> list[Override] | None:
+    """Give a backend a state by hand, or end that; None where no agent listens."""
+    answer = _ask(api, "POST /v1/backend", msgspec.json.encode(request), list[Override])
     return answer[0] if answer else None
 
 

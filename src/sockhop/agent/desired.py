@@ -8,9 +8,11 @@ from typing import NamedTuple
 from sockhop.agent.client import RunningAgent
 from sockhop.agent.coexist import Coexistence
 from sockhop.agent.health import with_quarantine
+from sockhop.agent.overrides import with_overrides
 from sockhop.agent.places import PlaceFinder
 from sockhop.agent.policies import enforceable, table_of
 from sockhop.agent.policy_table import PolicyTable
+from sockhop.agent.state import Override
 from sockhop.agent.target import Target, expand, with_redirects
 from sockhop.errors import InputError
 from sockhop.kernel.netns import current_cookie, entered, inode
@@ -34,8 +36,13 @@ class Wanted(NamedTuple):
     table: PolicyTable
 
 
-def want(paths: Sequence[Path], agent: RunningAgent | None, node_name: str = "") -> Wanted:
-    """Return what the manifests at *paths* ask for.
+def want(
+    paths: Sequence[Path],
+    agent: RunningAgent | None,
+    node_name: str = "",
+    overrides: Sequence[Override] = (),
+) -> Wanted:
+    """Return what the manifests at *paths* ask for, and *overrides* by hand.
 
     Loopback is local to the network namespace of *agent*, and what that leaves to another tool is
     left out; where none runs, this thread's namespace counts. InputError where the manifests
@@ -45,7 +52,8 @@ def want(paths: Sequence[Path], agent: RunningAgent | None, node_name: str = "")
     if agent is not None and agent.state.source.coexist:
         loaded = Coexistence().leave_out(loaded)
     found_unhealthy = agent.state.health.unhealthy if agent else ()
-    meant = enforceable(with_quarantine(loaded.desired, found_unhealthy))
+    said = with_overrides(loaded.desired, overrides)
+    meant = enforceable(with_quarantine(said, found_unhealthy))
     home, places = _home(agent), PlaceFinder()
     found = places.find(with_redirects(meant))
     desired = with_redirects(meant, found)

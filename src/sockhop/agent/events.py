@@ -28,8 +28,9 @@ _CHUNK = 1 << 16
 class EventKind(StrEnum):
     """What has happened: to one socket, or (from CHANGE to PARKED) by a change to many.
 
-    HEALED: a stale entry of a sockhash was deleted; the ends are those that its key names. FOUND
-    and OVER: something that is wrong was seen for the first time, or no more.
+    HEALED: a stale entry of a sockhash was deleted; the ends are those that its key names. SET: a
+    backend has a state by hand, or no more. FOUND and OVER: something that is wrong was seen for
+    the first time, or no more.
     """
 
     SEVERED = "severed"
@@ -40,6 +41,7 @@ class EventKind(StrEnum):
     HELD = "held"
     APPROVED = "approved"
     PARKED = "parked"
+    SET = "set"
     FOUND = "found"
     OVER = "over"
 

@@ -1,11 +1,13 @@
 """What is installed and live, as rows for people and programs. Works without an agent."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 import msgspec
 
 from sockhop.agent.installed import read_installed, read_members, read_services
 from sockhop.agent.plan import scope_of
+from sockhop.agent.state import Override
 from sockhop.agent.target import split_service_port
 from sockhop.datapath.balancer import BalanceMaps
 from sockhop.kernel.netns import current_cookie
@@ -44,7 +46,10 @@ class ServiceRow(msgspec.Struct):
 
 
 class BackendRow(msgspec.Struct):
-    """A backend of a service. `live`: sockets that may still be open to it, never too few."""
+    """A backend of a service. `live`: sockets that may still be open to it, never too few.
+
+    `by_hand`: whether somebody has given it its state by hand.
+    """
 
     service: str
     port_name: str
@@ -54,6 +59,7 @@ class BackendRow(msgspec.Struct):
     weight: int
     live: int
     id: int
+    by_hand: bool = False
 
 
 def list_services(maps: BalanceMaps) -> list[ServiceRow]:
@@ -83,8 +89,9 @@ def list_services(maps: BalanceMaps) -> list[ServiceRow]:
     return sorted(rows, key=lambda row: (row.service, row.frontend, row.netns_cookie))
 
 
-def list_backends(maps: BalanceMaps) -> list[BackendRow]:
-    """Return the backends of all services, with their live sockets."""
+def list_backends(maps: BalanceMaps, overrides: Iterable[Override] = ()) -> list[BackendRow]:
+    """Return the backends of all services, with their live sockets and what was said by hand."""
+    said = {(each.service, each.address, each.port) for each in overrides}
     live: defaultdict[int, int] = defaultdict(int)
     for key, count in maps.live.items():
         live[key.backend] += count
@@ -97,6 +104,7 @@ def list_backends(maps: BalanceMaps) -> list[BackendRow]:
             weight=old.backend.weight,
             live=live[old.id],
             id=old.id,
+            by_hand=(split_service_port(member.service)[0], member.address, member.port) in said,
         )
         for member, old in read_members(maps, read_services(maps)).items()
     ]

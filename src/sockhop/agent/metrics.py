@@ -58,6 +58,11 @@ class AgentCollector(Collector):
         yield from self._splices(state)
         yield from self._findings()
         yield from _health(state.health)
+        yield GaugeMetricFamily(
+            "sockhop_backends_by_hand",
+            "Backends whose state is one given by hand.",
+            value=len(state.overrides),
+        )
         yield from self._sources(state)
 
     def _connects(self) -> Iterator[Metric]:

@@ -1,26 +1,22 @@
 """Intents that wait to be carried out, kept in a file so that they outlive the agent."""
 
 import logging
-import os
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 
 import msgspec
 
 from sockhop.agent.concerns import describe
+from sockhop.agent.kept import maps_epoch, replace_file
 from sockhop.agent.target import Member
-from sockhop.datapath.balancer import map_directory
 from sockhop.datapath.sockets import Pair
-from sockhop.kernel.maps import map_info, open_pinned
 from sockhop.model import Intent, IntentRule, Protocol, Trigger, endpoint
 
 __all__ = ["Order", "OrderFile", "Orders", "Standing", "now", "orders_path", "read_rules"]
 
 _LOG = logging.getLogger(__name__)
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Standing(StrEnum):
@@ -93,7 +89,7 @@ class Orders:
     def __init__(self, path: Path, pins: Path) -> None:
         """Read the file, which belongs to the maps below *pins*; one that is unreadable is void."""
         self._path = path
-        self._epoch = _epoch(pins)
+        self._epoch = maps_epoch(pins)
         self._by_pair: dict[Pair, Order] = {}
         self._saved = b""
         self.rules: dict[str, tuple[IntentRule, ...]] = {}
@@ -132,7 +128,7 @@ class Orders:
         if data == self._saved:
             return
         try:
-            _replace(self._path, data)
+            replace_file(self._path, data)
             self._saved = data
         except OSError as error:
             _LOG.error("%s: %s: a restart will forget what waits", self._path, error.strerror)
@@ -142,7 +138,7 @@ def read_rules(path: Path, pins: Path) -> dict[str, tuple[IntentRule, ...]]:
     """Return what the services say that an agent has installed in the maps below *pins*."""
     found = _read(path)
     try:
-        return found.rules if found and found.epoch == _epoch(pins) else {}
+        return found.rules if found and found.epoch == maps_epoch(pins) else {}
     except FileNotFoundError:  # nothing is installed
         return {}
 
@@ -152,25 +148,3 @@ def _read(path: Path) -> OrderFile | None:
         return msgspec.json.decode(path.read_bytes(), type=OrderFile)
     except (OSError, msgspec.DecodeError):
         return None
-
-
-def _replace(path: Path, data: bytes) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.new")
-    aside.unlink(missing_ok=True)
-    fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "wb") as file:
-        file.write(data)
-    aside.replace(path)
-
-
-def _epoch(pins: Path) -> str:
-    """Name the maps: their ids are given anew after a boot."""
-    boot = ""  # in a sandbox without /proc/sys; /run is empty after a boot anyway
-    with suppress(OSError):
-        boot = _BOOT_ID.read_text().strip()
-    fd = open_pinned(map_directory(pins) / "settings")
-    try:
-        return f"{boot}/{map_info(fd).id}"
-    finally:
-        os.close(fd)

@@ -5,12 +5,14 @@ import time
 import msgspec
 
 from sockhop.diagnose.causes import Finding
-from sockhop.model import Rule
+from sockhop.model import BackendState, Rule
 
 __all__ = [
     "AgentState",
+    "BackendRequest",
     "HealthState",
     "HeldChange",
+    "Override",
     "PolicyState",
     "SourceState",
     "SplicingState",
@@ -129,6 +131,32 @@ class HealthState(msgspec.Struct):
     unasked: dict[str, int] = {}
 
 
+class Override(msgspec.Struct, frozen=True, order=True):
+    """The state that a backend of a service has by hand, instead of the manifest's.
+
+    `until` is in seconds of CLOCK_BOOTTIME, None for no end.
+    """
+
+    service: str
+    address: str
+    port: int
+    state: BackendState
+    until: float | None = None
+
+
+class BackendRequest(msgspec.Struct):
+    """What somebody wants of a backend: a state by hand, `active`: the manifest's again.
+
+    `service`: in this one only, "": wherever it is; `seconds`: for how long, 0 for no end.
+    """
+
+    address: str
+    port: int
+    state: BackendState
+    service: str = ""
+    seconds: float = 0.0
+
+
 class AgentState(msgspec.Struct):
     """A running agent."""
 
@@ -150,6 +178,7 @@ class AgentState(msgspec.Struct):
     splicing: SplicingState = msgspec.field(default_factory=SplicingState)
     watch: WatchState = msgspec.field(default_factory=WatchState)
     health: HealthState = msgspec.field(default_factory=HealthState)
+    overrides: list[Override] = []
 
     @property
     def healthy(self) -> bool:

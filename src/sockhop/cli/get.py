@@ -41,6 +41,7 @@ _COLUMNS = {
         Column("BACKEND", "backend"),
         Column("PROTOCOL", "protocol"),
         Column("STATE", "state"),
+        Column("BY-HAND", "by_hand", text=lambda said: "yes" if said else "-", wide=True),
         Column("WEIGHT", "weight"),
         Column("LIVE", "live"),
         Column("ID", "id", wide=True),
@@ -146,7 +147,9 @@ def _read(what: str, filters: tuple[str, ...], output: str) -> "Rows":
         return list_policies(bpffs_path(), api_path())
     with BalanceMaps(bpffs_path()) as maps:
         if what == "backends":
-            return list_backends(maps)
+            from sockhop.agent.overrides import read_overrides  # noqa: PLC0415
+
+            return list_backends(maps, read_overrides(api_path(), bpffs_path()))
         if what == "splices":
             return list_splices(maps, bpffs_path())
         rows = list_services(maps)

@@ -18,6 +18,7 @@ _COMMANDS = {
     "agent": "Follow service manifests and balance what they say.",
     "approve": "Let changes that are held end and move live sockets.",
     "audit": "Compare sockmaps with the sockets that they really hold.",
+    "backend": "Take a backend out by hand, or back in.",
     "bench": "Measure sockhop beside its peers.",
     "bypass": "Let every connect pass untouched, at once (emergency switch).",
     "completion": "Print the shell completion script.",

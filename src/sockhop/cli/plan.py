@@ -62,6 +62,7 @@ def command(paths: tuple[Path, ...], node_name: str, output: str) -> int:
     from sockhop.agent.client import ask_agent  # noqa: PLC0415
     from sockhop.agent.desired import want  # noqa: PLC0415
     from sockhop.agent.impact import find_impact  # noqa: PLC0415
+    from sockhop.agent.overrides import read_overrides  # noqa: PLC0415
     from sockhop.agent.plan import make_plan  # noqa: PLC0415
     from sockhop.agent.policy_preview import (  # noqa: PLC0415
         forbidden_groups,
@@ -70,7 +71,7 @@ def command(paths: tuple[Path, ...], node_name: str, output: str) -> int:
     from sockhop.agent.preview import preview  # noqa: PLC0415
 
     agent = ask_agent(api_path())
-    wanted = want(paths, agent, node_name)
+    wanted = want(paths, agent, node_name, read_overrides(api_path(), bpffs_path()))
     for warning in wanted.warnings:
         click.echo(f"sockhop: {warning}", err=True)
     installed, sizes = _installed(bpffs_path())

@@ -8,6 +8,7 @@ import msgspec
 
 from sockhop.agent.state import AgentState, HealthState, SplicingState, WatchState
 from sockhop.cli.approve import held_text
+from sockhop.cli.backend import override_text
 from sockhop.cli.options import api_path, bpffs_path, cgroup_path, global_options, output_option
 from sockhop.cli.output import age, counted, print_value, table
 from sockhop.model import endpoint
@@ -184,6 +185,7 @@ def _agent_lines(agent: AgentState) -> list[tuple[str, str]]:
     ]
     found = agent.termination
     lines += [("HELD (sockhop approve)", held_text(change)) for change in found.held]
+    lines += [("BY HAND", override_text(each)) for each in agent.overrides]
     lines += _health_lines(agent.health)
     if found.draining:
         lines.append(("draining", counted(found.draining, "socket")))

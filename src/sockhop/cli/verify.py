@@ -1,5 +1,6 @@
 """`sockhop verify`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from sockhop.cli.output import Column, counted, print_rows, print_value
 
 if TYPE_CHECKING:
     from sockhop.agent.client import RunningAgent
+    from sockhop.agent.desired import Wanted
     from sockhop.agent.policy_table import PolicyTable
     from sockhop.agent.target import Target
     from sockhop.agent.verify import Verdict
@@ -78,10 +80,8 @@ class _Manifests:
     def __init__(
         self, paths: tuple[Path, ...], node_name: str, agent: "RunningAgent | None"
     ) -> None:
-        from sockhop.agent.desired import want  # noqa: PLC0415 (slow to import)
-
         self._agent = agent
-        self._given = want(paths, agent, node_name) if paths else None
+        self._given = self._want(paths, node_name) if paths else None
         self._last = self._given
 
     def __bool__(self) -> bool:
@@ -90,14 +90,21 @@ class _Manifests:
     def target(self) -> "Target":
         """Return what they ask for now."""
         from sockhop.agent.client import ask_agent  # noqa: PLC0415
-        from sockhop.agent.desired import agent_paths, want  # noqa: PLC0415
+        from sockhop.agent.desired import agent_paths  # noqa: PLC0415
 
         if self._given is None and self._agent is not None:
             self._agent = ask_agent(api_path()) or self._agent  # health may have changed
             paths = agent_paths(self._agent)
-            self._last = want(paths, self._agent, self._agent.state.source.node_name)
+            self._last = self._want(paths, self._agent.state.source.node_name)
         assert self._last is not None
         return self._last.target
+
+    def _want(self, paths: Sequence[Path], node_name: str) -> "Wanted":
+        from sockhop.agent.desired import want  # noqa: PLC0415 (slow to import)
+        from sockhop.agent.overrides import read_overrides  # noqa: PLC0415
+
+        overrides = read_overrides(api_path(), bpffs_path())
+        return want(paths, self._agent, node_name, overrides)
 
     def policies(self) -> "PolicyTable":
         """Return the policies that they asked for when target() was called last."""
