@@ -103,12 +103,12 @@ def test_where_most_fail_together_nothing_ends_unasked(
         for host in HOSTS:
             doors.shut(host)
         wait_until(lambda: unhealthy(sandbox) == 3 and waiting(sandbox) == 15, "the brake")
-        assert {each.reason for each in held(sandbox)} == {
-            "3 of 3 backends of web fail their checks"
-        }
+        # The first may have fallen before the last one was asked.
+        whys = {each.reason for each in held(sandbox)}
+        assert all(why.endswith(" of 3 backends of web fail their checks") for why in whys)
         said = sandbox.sockhop("status").stdout
         assert "HELD" in said
-        assert "3 of 3 backends of web fail their checks" in said
+        assert " of 3 backends of web fail their checks" in said
         assert {each["kind"] for each in events(sandbox)} == {"held"}
         # It holds across the agent's death, too.
         agent.stop(signal.SIGKILL)
