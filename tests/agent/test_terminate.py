@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from sockhop.agent.client import ask_agent
 from tests.agent.holding import HoldingServer, dial, ended, is_open
 from tests.sandbox import Agent, Sandbox, ServerThread, compact, publish, wait_until
 
@@ -380,7 +381,8 @@ def test_a_backend_that_comes_back(sandbox: Sandbox, tcp: list[HoldingServer]) -
     path = sandbox.manifest(both)
     with sandbox.agent(path) as agent, connected(tcp, 10) as (first, _, _):
         publish(path, compact(web=web(two, intent=intent)))
-        agent.wait_generation(1)
+        # Asked without a process for it, which may take longer than the deadline.
+        wait_until(lambda: (a := ask_agent(sandbox.api)) and a.state.generation > 1, "the change")
         publish(path, both)
         agent.wait_generation(2)
         time.sleep(1.5)
