@@ -125,6 +125,11 @@ def test_a_backend_that_is_taken_out_by_hand(sandbox: Sandbox, servers: list[Ser
             f"{one.endpoint} of web is again what the manifest says, by hand",
         ) in told
 
+
+@pytest.mark.kernel
+def test_what_cannot_be_done_is_said(sandbox: Sandbox, servers: list[ServerThread]) -> None:
+    one = servers[0]
+    with sandbox.agent(sandbox.manifest(manifest(*servers))):
         done = sandbox.sockhop("backend", "activate", one.endpoint, check=False)
         assert (done.returncode, done.stderr) == (
             1, f"{one.endpoint}: nothing was said of it by hand\n",
@@ -134,9 +139,7 @@ def test_a_backend_that_is_taken_out_by_hand(sandbox: Sandbox, servers: list[Ser
             1, "10.96.0.9:80: no service has that backend\n",
         )  # fmt: skip
         # What cannot be kept is not done.
-        file = sandbox.api.with_suffix(".overrides")
-        file.unlink()
-        file.mkdir()
+        sandbox.api.with_suffix(".overrides").mkdir()
         done = sandbox.sockhop("backend", "quarantine", one.endpoint, check=False)
         assert done.returncode == 3
         assert "nothing was changed" in done.stderr

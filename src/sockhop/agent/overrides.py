@@ -148,7 +148,8 @@ class Overrides:
         if state is BackendState.ACTIVE:
             gone = [e for e in self._found if (e.address, e.port) == backend]
             gone = [e for e in gone if service in ("", e.service)]
-            self._keep([each for each in self._found if each not in gone])
+            if gone:
+                self._keep([each for each in self._found if each not in gone])
             self._tell(gone, "is again what the manifest says, by hand")
             return gone
         names = [
@@ -156,6 +157,8 @@ class Overrides:
             for each in self._desired.services
             if service in ("", each.name) and backend in _addresses(each)
         ]
+        if not names:
+            return []
         until = now() + seconds if seconds else None
         said = [Override(name, *backend, state, until) for name in names]
         kept = [e for e in self._found if e.service not in names or (e.address, e.port) != backend]
