@@ -80,7 +80,8 @@ class _Parser:
         token = self._peek()
         if mask is not None and token and token.operator == "or":
             raise self._error(token, "a state holds for all that follows", "put it into brackets")
-        rest = self._or() if token else _everything
+        joined = mask is not None and self._accept("and")
+        rest = self._or() if token or joined else _everything
         if unread := self._peek():
             raise self._error(unread, f"{unread.text!r} does not belong here")
         if mask is None:

@@ -436,7 +436,7 @@ PROBES = (
     Probe(
         "tp_btf",
         "later: tracepoints with less cost than raw ones",
-        "state changes of sockets are not traced",
+        "raw tracepoints do the same, and are what is used",
         _Since("5.5", "f1b9509c2fb0", "bpf: Replace prog_raw_tp+btf_id with prog_tracing"),
         lambda prober: prober.tp_btf(),
     ),
