@@ -11,6 +11,7 @@ from sockhop.cli.options import (
     cgroup_path,
     global_options,
     manifests_option,
+    parse_duration,
     parse_period,
 )
 
@@ -35,6 +36,13 @@ def _parse_sizes(
     return sizes
 
 
+def _parse_settle(ctx: click.Context, parameter: click.Parameter, value: str) -> float:
+    seconds = parse_duration(ctx, parameter, value)
+    if not 1 <= seconds <= 60:
+        raise click.BadParameter(f"{value!r} is not from 1s to 60s")
+    return seconds
+
+
 def _check_addresses(
     ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]
 ) -> tuple[str, ...]:
@@ -54,11 +62,11 @@ def _check_addresses(
 @click.option("--detach-on-exit", is_flag=True, help="End balancing when the agent stops.")
 @click.option(
     "--settle-every",
-    type=click.FloatRange(1, 60),
-    default=30.0,
+    default="30s",
     show_default=True,
-    metavar="SECONDS",
-    help="How often live counts are reconciled with the sockets.",
+    metavar="DURATION",
+    callback=_parse_settle,
+    help="How often live counts are reconciled with the sockets, 1s to 60s.",
 )
 @click.option(
     "--map-size",
