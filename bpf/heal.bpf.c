@@ -15,6 +15,16 @@
 const struct heal_record *heal_record_layout __attribute__((unused));
 const struct doom *doom_layout __attribute__((unused));
 
+/* net/core/sock_map.c */
+struct hlist_node {
+	struct hlist_node **pprev;
+} __attribute__((preserve_access_index));
+
+struct bpf_shtab_elem {
+	struct hlist_node node;
+	__u8 key[];
+} __attribute__((preserve_access_index));
+
 /* The sockhash to heal: user space puts it in this one's place. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SOCKHASH);
@@ -49,6 +59,19 @@ static __always_inline bool is_as_before(const struct doom *doom, const struct a
 	       doom->remote_port == now->remote_port &&
 	       same_address(doom->local_address, now->local_address) &&
 	       same_address(doom->remote_address, now->remote_address);
+}
+
+/* Whether an entry is in its map still: else its key may be another's. */
+static __always_inline bool is_linked(const void *key)
+{
+	const void *entry = key - bpf_core_field_offset(struct bpf_shtab_elem, key);
+	const void *node = entry + bpf_core_field_offset(struct bpf_shtab_elem, node);
+	const struct hlist_node *next = 0;
+
+	/* hlist_del_rcu() leaves a pprev that cannot be read. */
+	bpf_probe_read_kernel(&next, sizeof(next),
+			      BPF_CORE_READ((const struct hlist_node *)node, pprev));
+	return next == node;
 }
 
 static __always_inline void report(struct seq_file *seq, __u32 size, __u8 result, __s64 error)
@@ -94,6 +117,11 @@ int sockhop_heal(struct bpf_iter__sockmap *ctx)
 	out.record.error = 0;
 	if (bpf_seq_write(seq, &out, sizeof(out.record) + size))
 		return 0;
+	/* All this takes long enough for close() and a new connection. */
+	if (!is_linked(key)) {
+		report(seq, size, HEAL_CHANGED, 0);
+		return 0;
+	}
 	error = bpf_map_delete_elem(&target, out.key);
 	if (error)
 		report(seq, size, HEAL_REFUSED, error);

@@ -7,12 +7,14 @@ import socket
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
 from sockhop.agent.events import EventKind, EventLog, events_path
+from sockhop.datapath.sockets import read_iterator
 from sockhop.diagnose.heal import Outcome, advice, heal, plan
 from sockhop.kernel._libbpf import ffi, lib
 from tests.diagnose.crowd import crowd, held_under_own_key
@@ -133,6 +135,74 @@ def test_without_a_look_at_the_queue_bytes_are_lost(tmp_path: Path) -> None:
         assert [each.outcome for each in heal([at.audit()], path=hasty)] == [Outcome.DELETED]
 
 
+LOOK_AND_DELETION = (
+    (
+        "static __always_inline bool is_as_before",
+        """static __u32 closed_for;
+
+static long pause(__u32 number, struct sock **sk)
+{
+	if (BPF_CORE_READ(*sk, sk_socket))
+		return number >= 1 << 21;
+	return ++closed_for >= 1 << 21;
+}
+
+static __always_inline bool is_as_before""",
+    ),
+    ("	if (!is_linked(key))", "	bpf_loop(1 << 22, pause, &sk, 0);\n	if (!is_linked(key))"),
+)
+"""What lets much happen between the two."""
+
+
+def closed_while_healing(at: Incident, path: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Close the socket of a stale entry between the look and the deletion, and have its tuple used.
+
+    Return whether the new connection has the entries still that it had; nothing else is lost.
+    """
+    listener = at.listen(Place.LOOPBACK4)
+    old, port = at.leave_stale(Place.LOOPBACK4, listener)
+    audits = [at.audit()]
+    ends: list[socket.socket] = []
+    had: list[bool] = []
+
+    def use_it() -> None:
+        time.sleep(0.02)  # the program is running
+        old.close()
+        ends.extend(at.connect(Place.LOOPBACK4, listener, port))
+        had.extend(held_under_own_key(at.map.fd, each) for each in ends)
+
+    def read(link: int, name: str) -> bytes:
+        with ThreadPoolExecutor(1) as pool:
+            using = pool.submit(use_it)
+            data = read_iterator(link, name)
+            using.result()
+        return data
+
+    monkeypatch.setattr("sockhop.diagnose.heal.read_iterator", read)
+    heal(audits, path=path)
+    has = [held_under_own_key(at.map.fd, each) for each in ends]
+    for one, other in (ends, ends[::-1]):
+        one.sendall(b"over")
+        assert other.recv(9) == b"over"
+    return has == had
+
+
+def test_an_entry_that_is_replaced_after_the_look_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = mutant(tmp_path, "heal", *LOOK_AND_DELETION)
+    with incident() as at:
+        for _ in range(3):
+            assert closed_while_healing(at, slow, monkeypatch)
+
+
+def test_without_the_last_look_it_would_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blind = ("	return next == node;", "	return true;")
+    slow = mutant(tmp_path, "heal", *LOOK_AND_DELETION, blind)
+    with incident() as at:
+        assert not all(closed_while_healing(at, slow, monkeypatch) for _ in range(10))
+
+
 class Churn:
     """Connections that come and go on a few tuples, and leave stale entries for a while."""
 
@@ -169,21 +239,28 @@ class Churn:
             port = client.getsockname()[1]
             for each in (client, server):
                 each.settimeout(2)
-            inside = [held_under_own_key(at.map.fd, each) for each in (client, server)]
+            ends = (client, server)
+            inside = [held_under_own_key(at.map.fd, each) for each in ends]
             for text in (b"one", b"two", b"three"):
-                client.sendall(text)
-                if server.recv(9) != text:
-                    self.faults.append("other bytes")
-                server.sendall(text)
-                if client.recv(9) != text:
-                    self.faults.append("other bytes")
-            if inside != [held_under_own_key(at.map.fd, each) for each in (client, server)]:
+                for one, other in (ends, ends[::-1]):
+                    one.sendall(text)
+                    try:
+                        if other.recv(9) != text:
+                            self.faults.append("other bytes")
+                    except TimeoutError:
+                        end = "server" if other is server else "client"
+                        self.faults.append(f"the {end} waits for {text!r}, {inside} {self._odd()}")
+            if inside != [held_under_own_key(at.map.fd, each) for each in ends]:
                 self.faults.append("an entry was lost")
             self.count += 1
             # The server's entry is stale until its socket is closed, or it is healed.
             reset(client)
             time.sleep(self._random.choice((0, 0.001, 0.01, 0.03, 0.3)))
             server.close()
+
+    def _odd(self) -> list[str]:
+        found = (each.described() for each in self._at.audit(0).look.odd)
+        return [f"{e.local} {e.remote} {e.state} {e.socket_remote} {e.unread}" for e in found]
 
 
 def test_nothing_is_lost_while_connections_come_and_go() -> None:

@@ -12,7 +12,7 @@ from sockhop.datapath.sockets import read_iterator
 from sockhop.kernel._libbpf import lib
 from sockhop.kernel.maps import U32, U64, Map
 from sockhop.kernel.objects import BpfObject, object_path
-from sockhop.kernel.procfs import Holder
+from sockhop.kernel.procfs import Holder, command_name
 from sockhop.kernel.syscall import check
 
 __all__ = ["Owner", "Owners"]
@@ -61,7 +61,7 @@ class Owners:
             for record in self._visit(wanted[first : first + size]):
                 self.reader = record.reader
                 own = record.thread if record.thread != record.pid else 0
-                command = record.command.rstrip(b"\0").decode(errors="replace")
+                command = command_name(record.command)
                 owners = found[record.cookie]
                 if not any(each.holder[1::2] == (record.pid, own) for each in owners):
                     holder = Holder(command, record.pid, record.fd, own)

@@ -9,6 +9,7 @@ import msgspec
 from sockhop.datapath.sockets import TCP_STATES
 from sockhop.datapath.traced_functions import FUNCTIONS, file_of
 from sockhop.datapath.tracing import TraceKind, TraceRecord
+from sockhop.kernel.procfs import command_name
 from sockhop.kernel.symbols import Symbols
 from sockhop.model import endpoint, unpack_address
 
@@ -69,12 +70,12 @@ class End:
     def processes(self) -> list[str]:
         """The programs that have called something for it: command/pid."""
         calls = [each for each in self.records if each.kind in (TraceKind.RECEIVED, TraceKind.SENT)]
-        return sorted({f"{_text(each.command)}/{each.pid}" for each in calls})
+        return sorted({f"{command_name(each.command)}/{each.pid}" for each in calls})
 
     def is_of(self, pid: int | None, command: str | None) -> bool:
         """Whether this process, and a program of this name, has called something for it."""
         return any(
-            pid in (None, each.pid) and command in (None, _text(each.command))
+            pid in (None, each.pid) and command in (None, command_name(each.command))
             for each in self.records
             if each.kind not in (TraceKind.STATE, TraceKind.END)
         )
@@ -354,7 +355,3 @@ def life(of: Connection, side: Side, symbols: Symbols) -> list[Moment]:
 
 def _state(number: int) -> str:
     return TCP_STATES[number - 1] if 0 < number <= len(TCP_STATES) else str(number)
-
-
-def _text(command: bytes) -> str:
-    return command.rstrip(b"\0").decode(errors="replace")

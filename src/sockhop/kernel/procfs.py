@@ -17,6 +17,7 @@ __all__ = [
     "Holder",
     "boot_time",
     "borrowed",
+    "command_name",
     "command_of",
     "find_holders",
     "network_namespaces",
@@ -85,11 +86,16 @@ def boot_time() -> float:
 
 
 def command_of(pid: int) -> str:
-    """Return the name of a process's program; FileNotFoundError where there is no process.
+    """Return the name of a process's program; FileNotFoundError where there is no process."""
+    return command_name((_PROC / str(pid) / "comm").read_bytes().removesuffix(b"\n"))
+
+
+def command_name(comm: bytes) -> str:
+    """Return a task's name (TASK_COMM_LEN, padded with NUL or not) as it can be shown.
 
     Any process can choose its own, from any bytes: what cannot be printed is escaped.
     """
-    text = (_PROC / str(pid) / "comm").read_bytes().removesuffix(b"\n").decode(errors="replace")
+    text = comm.rstrip(b"\0").decode(errors="replace")
     return "".join(each if each.isprintable() else f"\\x{ord(each):02x}" for each in text)
 
 
