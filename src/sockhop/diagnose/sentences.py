@@ -83,7 +83,7 @@ def gone(backend: str, result: Result) -> Found:
     return Found(
         Cause.BACKEND_GONE,
         f"the backend {backend}, dialled by itself: {result}",
-        "start it, or take it out of the service, as `health` does by itself",
+        f"start it, or take it out of service: `sockhop backend quarantine {backend}`",
     )
 
 
