@@ -52,9 +52,8 @@ _CILIUM_EVERY = 2.0
 _PLACES_EVERY = 2.0
 _SWEEP_EVERY = 1.0
 _AGAIN = 5.0
-_RETRY = 2.0
-_PAUSE = 10
-"""A change that failed is tried again after so many times as long as it took, _RETRY at least."""
+_RETRY, _RETRY_MOST = 2.0, 30.0
+"""Seconds until what failed is tried again: at first, and after many failures."""
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -238,6 +237,7 @@ class _Agent:
     async def _follow(self) -> None:
         ready = False
         wait: float | None = None
+        pause = _RETRY
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(wait):
@@ -246,10 +246,11 @@ class _Agent:
             if self._stopping:
                 return
             await asyncio.sleep(_SETTLE)
-            begin = time.monotonic()
-            good = self._keep_in_line()
             # What has failed may have had a cause that no change of the sources will tell of.
-            wait = None if good else max(_RETRY, _PAUSE * (time.monotonic() - begin))
+            if self._keep_in_line():
+                wait, pause = None, _RETRY
+            else:
+                wait, pause = pause, min(2 * pause, _RETRY_MOST)
             self._orders_changed.set()
             status = f"STATUS={self._state.services} services, generation {self._state.generation}"
             notify(status) if ready else notify("READY=1", status)
