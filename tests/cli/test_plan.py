@@ -78,14 +78,17 @@ def test_nothing_to_do(node: Sandbox) -> None:
          ["~ web 10.96.0.10:80/tcp: 2 backends: +10.1.0.3:80",
           "~ web 10.96.0.10:80/udp: 2 backends: +10.1.0.3:80"]),
         (compact(web=WEB | {"sessionAffinity": {"clientIP": {"timeout": "3h"}}}, local=LOCAL),
-         ["~ web 10.96.0.10:80/tcp: scope, type or affinity",
-          "~ web 10.96.0.10:80/udp: scope, type or affinity"]),
+         ["~ web 10.96.0.10:80/tcp: affinity 10800 s",
+          "~ web 10.96.0.10:80/udp: affinity 10800 s"]),
+        (compact(web=WEB | {"reserve": True}, local=LOCAL),
+         ["~ web 10.96.0.10:80/tcp: reserved",
+          "~ web 10.96.0.10:80/udp: reserved"]),
         # No frontend serves other than before, but what `get backends` shows differs.
         (compact(web=WEB | {"backends": ["10.1.0.2:80"]}, local=LOCAL),
          ["- web backend 10.1.0.3:80/tcp: active, weight 0",
           "- web backend 10.1.0.3:80/udp: active, weight 0"]),
     ],
-    ids=["removed", "added", "algorithm", "backend", "affinity", "idle-backend"],
+    ids=["removed", "added", "algorithm", "backend", "affinity", "reserve", "idle-backend"],
 )  # fmt: skip
 def test_each_change_is_a_line_and_nothing_is_written(
     node: Sandbox, text: str, lines: list[str]

@@ -119,7 +119,7 @@ class Plan(NamedTuple):
                 changes.append(entry.algorithm)
             yield Change("~", key, entry, f"{_size(entry.backends)}: {' '.join(changes)}")
         for key, entry in self.relabelled.items():
-            yield Change("~", key, entry, "scope, type or affinity")
+            yield Change("~", key, entry, _relabelling(installed.entries[key].entry, entry))
         for key, entry in self.removed.items():
             yield Change("-", key, entry)
 
@@ -164,6 +164,23 @@ def scope_of(key: FrontendKey, flags: FrontendFlag, own_cookie: int) -> str:
     if FrontendFlag.ABSENT in flags:
         return NOWHERE_ELSE
     return "elsewhere" if FrontendFlag.SCOPED in flags else "everywhere"
+
+
+def _relabelling(old: Entry, new: Entry) -> str:
+    """Say what differs in the labels of two entries."""
+    flags, changed = FrontendFlag, old.flags ^ new.flags
+    parts = []
+    if changed & (flags.SCOPED | flags.ABSENT):
+        parts.append("scope")
+    if changed & (flags.CLIENTS | flags.LISTED_ONLY):
+        parts.append("clients")
+    if changed & flags.RESERVED:
+        parts.append("reserved" if flags.RESERVED in new.flags else "not reserved")
+    if old.type != new.type:
+        parts.append(f"type {new.type}")
+    if old.affinity != new.affinity:
+        parts.append(f"affinity {new.affinity} s" if new.affinity else "no affinity")
+    return ", ".join(parts)
 
 
 def _size(backends: tuple[Backend, ...]) -> str:
