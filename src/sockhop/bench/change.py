@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from sockhop.agent.client import ask_agent
 from sockhop.bench.holder import COMMAND, Await, Close, Group, Holder, Open, Prepare
 from sockhop.bench.rooms import Room, Site
 from sockhop.datapath.balancer import remove_pins
@@ -70,7 +71,7 @@ def _agent(site: Site, room: Room, manifest: Path) -> Iterator[None]:
         stack.callback(agent.wait)
         stack.callback(agent.terminate)
         end = time.monotonic() + _STARTING
-        while not api.exists():
+        while ask_agent(api) is None:
             if agent.poll() is not None or time.monotonic() > end:
                 raise SockhopError("the agent does not start", hint=log.read_text()[-500:])
             time.sleep(0.01)
