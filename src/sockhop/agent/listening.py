@@ -35,7 +35,7 @@ def api_listener(path: Path) -> Iterator[socket.socket]:
         except OSError as error:
             raise SystemLackError(
                 f"{path}: {error.strerror or error}",
-                hint="name another socket with --api (SOCKHOP_API)",
+                hint="run as root, or name another socket with --api (SOCKHOP_API)",
             ) from None
         try:
             yield listener

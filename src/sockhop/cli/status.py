@@ -134,7 +134,7 @@ def _lines(status: _Status, *, each: bool) -> list[tuple[str, str]]:
     if not status.hooks:
         lines = [("balancing", f"no: nothing is installed in {status.bpffs}")]
     elif status.bypass:
-        lines = [("balancing", "no: bypass is on, every connect passes untouched")]
+        lines = [("balancing", "no: every connect passes untouched until `sockhop bypass off`")]
     if status.agent:
         lines += _agent_lines(status.agent)
     else:
