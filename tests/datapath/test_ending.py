@@ -142,7 +142,7 @@ ROOM_FOR_TWO = tuple(
 )
 
 
-def test_more_sockets_than_the_iterator_has_room_for(node: Node, tmp_path: Path) -> None:
+def test_a_mutant_with_room_for_two_ends_all_the_same(node: Node, tmp_path: Path) -> None:
     node.install(*SERVICES)
     with without(node, tmp_path, (ROOM_FOR_TWO[0], ROOM_FOR_TWO[1])) as engine, Kinds() as kinds:
         wanted = {cookie(own) for own in kinds.with_a.values()}
